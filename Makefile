@@ -1,0 +1,39 @@
+# Needs git, make and Python 3.11 or newer; everything else goes into .venv. Another Python: make PYTHON=python3.13 ...
+PYTHON ?= python3
+BIN := .venv/bin
+TIMES := .inkwell/demo.times
+.DEFAULT_GOAL := help
+.PHONY: help demo test up down lock
+
+help: ## print this
+	@echo "Inkwell: train, distil, judge and serve diffusion models as one versioned pipeline"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: ## fresh clone to finished pipeline: environment, every stage, the table of results
+	@mkdir -p $(dir $(TIMES)) && echo "demo_started $$(date +%s)" > $(TIMES)
+	@$(MAKE) --no-print-directory .venv/.stamp
+	@$(BIN)/python -m pipelines.tracking.identity > /dev/null
+	@echo "repro_started $$(date +%s)" >> $(TIMES)
+	$(BIN)/dvc repro
+	@echo "repro_ended $$(date +%s)" >> $(TIMES)
+	@$(BIN)/python -m infra.local.summary
+
+test: .venv/.stamp ## fresh clone to tested: lint, format, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+up: .venv/.stamp ## start MLflow, Ray and the endpoint on this machine; prints their addresses
+	@$(BIN)/python -m infra.local.platform up
+
+down: .venv/.stamp ## stop what `make up` started
+	@$(BIN)/python -m infra.local.platform down
+
+lock: .venv/.stamp ## write requirements.lock anew from pyproject.toml
+	$(BIN)/python -m infra.local.lock
+
+.venv/.stamp: requirements.lock infra/local/bootstrap.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Inkwell needs Python 3.11 or newer, and $(PYTHON) is not one; name another: make PYTHON=python3.13 ..."; exit 1; }
+	@$(PYTHON) -I infra/local/bootstrap.py
