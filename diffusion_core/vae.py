@@ -1,0 +1,123 @@
+"""The KL autoencoder (Kingma and Welling 2014, arXiv 1312.6114; as codec: Rombach et al. 2022, arXiv 2112.10752)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion_core.codec import Codec, Moments, Pixel
+from diffusion_core.errors import ConfigError
+from diffusion_core.noise import Noise
+from diffusion_core.objective import Batch, Objective
+from diffusion_core.spec import Blueprint
+
+
+class KlVae(Codec):
+    """A convolutional autoencoder whose latent is a Gaussian; each of `widths` after the first halves the side.
+
+    The latent is shifted and scaled to zero mean and unit variance by two numbers a channel, recorded as
+    buffers by `normalize` after training.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, channels: int, latent: int = 4, widths: tuple[int, ...] = (32, 64, 96)):
+        super().__init__()
+        self.latent, self.factor = latent, 2 ** (len(widths) - 1)
+        down: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1)]
+        for inner, outer in zip(widths, widths[1:], strict=False):
+            down += [Residual(inner), nn.Conv2d(inner, outer, 4, stride=2, padding=1)]
+        up: list[nn.Module] = [nn.Conv2d(latent, widths[-1], 3, padding=1)]
+        for outer, inner in zip(widths[::-1], widths[-2::-1], strict=False):
+            up += [Residual(outer), nn.ConvTranspose2d(outer, inner, 4, stride=2, padding=1)]
+        self.encoder = nn.Sequential(*down, Residual(widths[-1]), nn.Conv2d(widths[-1], 2 * latent, 3, padding=1))
+        self.decoder = nn.Sequential(*up, Residual(widths[0]), nn.Conv2d(widths[0], channels, 3, padding=1))
+        self.register_buffer("shift", torch.zeros(latent, 1, 1))
+        self.register_buffer("scale", torch.ones(latent, 1, 1))
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance (B, c, h, w) of the raw latent, before shift and scale."""
+        mean, log_var = self.encoder(x).chunk(2, 1)
+        return mean, log_var.clamp(-30, 20)
+
+    def encode(self, x: Tensor) -> Moments:
+        mean, log_var = self.posterior(x)
+        return Moments((mean - self.shift) * self.scale, (log_var / 2).exp() * self.scale)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.reconstruct(z / self.scale + self.shift)
+
+    def reconstruct(self, raw: Tensor) -> Tensor:
+        """Pictures of raw latents."""
+        decoded: Tensor = self.decoder(raw)
+        return decoded
+
+    def latent_shape(self, image_shape: Sequence[int]) -> tuple[int, int, int]:
+        _, height, width = image_shape
+        if height % self.factor or width % self.factor:
+            raise ConfigError(f"pictures of {height}x{width} cannot be divided by {self.factor}, the codec's factor")
+        return self.latent, height // self.factor, width // self.factor
+
+    @torch.no_grad()
+    def normalize(self, moments: Sequence[Moments]) -> None:
+        """Set shift and scale from the raw moments of the training pictures, encoded with shift 0 and scale 1.
+
+        The latent's variance is that of its mean plus its own.
+        """
+        mean, std = (torch.cat(part) for part in zip(*moments, strict=True))
+        axes = (0, 2, 3)
+        self.shift.copy_(mean.mean(axes)[:, None, None])
+        self.scale.copy_((mean.var(axes) + std.square().mean(axes)).rsqrt()[:, None, None])
+
+
+class Residual(nn.Module):
+    """Two normalized convolutions added to their input."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        changed: Tensor = x + self.body(x)
+        return changed
+
+
+class VaeLoss(Objective):
+    """Squared error plus `kl` times the divergence from a standard normal, both a pixel of the picture."""
+
+    def __init__(self, vae: KlVae, kl: float):
+        if kl < 0:
+            raise ConfigError(f"kl {kl}: a weight of 0 or more is wanted")
+        self.vae, self.kl = vae, kl
+        self.modules = {"vae": vae}
+
+    def losses(self, batch: Batch, step: int, noise: Noise) -> Iterator[tuple[str, Tensor]]:
+        mean, log_var = self.vae.posterior(batch.x)
+        raw = Moments(mean, (log_var / 2).exp()).draw(noise)
+        error = F.mse_loss(self.vae.reconstruct(raw), batch.x)
+        yield "vae", error + self.kl * kl_divergence(mean, log_var) / batch.x[0].numel()
+
+
+def kl_divergence(mean: Tensor, log_var: Tensor) -> Tensor:
+    """KL(N(mean, exp(log_var)) || N(0, 1)) in nats, summed over the latent, mean over the batch."""
+    return 0.5 * (mean.square() + log_var.exp() - 1 - log_var).flatten(1).sum(1).mean()
+
+
+class CodecSpec(Blueprint):
+    """A codec not yet built."""
+
+    known: ClassVar[Mapping[str, type]] = {"pixel": Pixel, "kl_vae": KlVae}
+
+    def shaped(self, channels: int) -> Self:
+        """The same codec for pictures of so many channels."""
+        return self if self.kind == "pixel" else self.extended(channels=channels)
