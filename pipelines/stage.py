@@ -60,9 +60,10 @@ class Stage:
         self.console.print(f"[bold]{self.name}[/bold]  {text}", highlight=False)
 
     def identity(self, config: object) -> str:
-        """Digest of all that decides this stage's result: its config and inputs, not the cluster it runs on."""
+        """Digest of all that decides this stage's result: config, inputs and the core's code, not the cluster."""
         decisive = {key: value for key, value in spec(config).items() if key != "cluster"}
-        return manifest.digest_of([self.name, decisive, self.parents])
+        code = {path.as_posix(): manifest.hash_file(path) for path in sorted(Path("diffusion_core").rglob("*.py"))}
+        return manifest.digest_of([self.name, decisive, self.parents, code])
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Bar]:
@@ -129,6 +130,7 @@ def _run(
         )
         tracker.tags({"output": out.as_posix(), "output.digest": sealed.digest})
         manifest.publish(draft, out)
+        _clear(stage.work)  # checkpoints are for going on after an interruption; this run is over
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -136,6 +138,12 @@ def _run(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         tracker.close(status)
+
+
+def _clear(folder: Path) -> None:
+    """Empty a folder if there is one; it stays, for DVC to find."""
+    for path in folder.glob("*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def section(name: str) -> object:
