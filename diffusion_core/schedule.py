@@ -38,7 +38,7 @@ class Schedule(Kind):
 
     def rate(self, t: Tensor) -> Row:
         """(α', σ') at time t, by forward-mode autodiff."""
-        t = t.double()
+        t = t.double().contiguous()  # forward-mode autodiff refuses an expanded scalar
         rates = [jvp(function, (t,), (torch.ones_like(t),))[1] for function in (self.alpha, self.sigma)]
         return Row(rates[0], rates[1])
 
