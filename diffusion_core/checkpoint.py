@@ -22,7 +22,10 @@ TENSORS = "state.safetensors"
 
 
 def save(folder: Path, objective: Objective, state: TrainState, identity: str, keep: int = 2) -> Path:
-    """Write one checkpoint under `folder`, then drop all but the last `keep`; `identity` says of which run it is."""
+    """Write one checkpoint under `folder` and keep it and the last before it, `keep` in all; `identity` names the run.
+
+    Later ones go: had they been whole and of this run, it would have resumed from them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     draft, place = folder / ".draft", folder / f"step-{state.step:08d}"
     shutil.rmtree(draft, ignore_errors=True)
@@ -35,8 +38,8 @@ def save(folder: Path, objective: Objective, state: TrainState, identity: str, k
     }
     manifest.seal(draft, KIND, about)
     manifest.publish(draft, place)
-    for old in _places(folder)[:-keep]:
-        shutil.rmtree(old)
+    for other in set(_places(folder)) - set([one for one in _places(folder) if one <= place][-keep:]):
+        shutil.rmtree(other)
     return place
 
 

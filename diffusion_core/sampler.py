@@ -18,6 +18,8 @@ from diffusion_core.schedule import Schedule, log_snr
 from diffusion_core.solver import FirstOrder, Level, Solver
 from diffusion_core.spec import Kind
 
+LOWEST_LOG_SNR = -13.8  # a signal of a thousandth of the noise
+
 
 class Grid(Kind):
     """Where a sampler stops: n + 1 levels from `first` down to the clean picture."""
@@ -50,7 +52,7 @@ class LogSnr(Grid):
     last: float = 0.02
 
     def times(self, schedule: Schedule, steps: int, first: float) -> Tensor:
-        ends = log_snr(schedule(torch.tensor([min(first, 0.999), self.last], dtype=torch.float64)))
+        ends = _log_snr_ends(schedule, first, self.last)
         inner = schedule.time(torch.linspace(ends[0].item(), ends[1].item(), steps, dtype=torch.float64))
         inner[0] = first
         return inner
@@ -64,12 +66,16 @@ class Karras(Grid):
     last: float = 0.02
 
     def times(self, schedule: Schedule, steps: int, first: float) -> Tensor:
-        ends = schedule(torch.tensor([min(first, 0.999), self.last], dtype=torch.float64))
-        low, high = ((ends.b / ends.a) ** (1 / self.rho)).flip(0)
+        high, low = (-_log_snr_ends(schedule, first, self.last) / 2 / self.rho).exp()
         ratio = torch.linspace(high.item(), low.item(), steps, dtype=torch.float64) ** self.rho
         inner = schedule.time(-2 * ratio.log())
         inner[0] = first
         return inner
+
+
+def _log_snr_ends(schedule: Schedule, first: float, last: float) -> Tensor:
+    """The log-SNR of the first and the last call, the first raised where pure noise has none."""
+    return log_snr(schedule(torch.tensor([first, last], dtype=torch.float64))).clamp_min(LOWEST_LOG_SNR)
 
 
 class Renoise(Kind):

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_core.errors import ConfigError
-from diffusion_core.pair import Pair, Row, mix, unmix
+from diffusion_core.denoiser import SMALLEST_DETERMINANT
+from diffusion_core.errors import ConfigError, RefusedError
+from diffusion_core.pair import Pair, Row, determinant, mix, unmix
 from diffusion_core.schedule import Linear, log_snr
 from diffusion_core.spec import Kind
 from diffusion_core.target import EPS, FLOW, X0, Target
@@ -78,8 +79,9 @@ class Heun(Solver):
         pair = denoise(x, level.t)
         if to.clean:
             return pair, ()
-        there = denoise(mix(pair, to.row), to.t)
         frame = _row(self.frame)
+        _check_leaves(level, frame, self)
+        there = denoise(mix(pair, to.row), to.t)
         return unmix(x, level.row, (mix(pair, frame) + mix(there, frame)) / 2, frame), ()
 
     def calls(self, steps: int) -> int:
@@ -109,6 +111,8 @@ class Multistep(Solver):
         kept = ((now, mix(pair, frame)), *memory)[: self.order]
         usable = kept if np.isfinite(then) else kept[:1]
         usable = tuple(entry for entry in usable if np.isfinite(entry[0])) or kept[:1]
+        if len(usable) == 1:  # what the network says, which needs no frame to be read in
+            return pair, kept
         weights = mean_weights([place for place, _ in usable], now, then)
         mean = sum(
             (w * reading for w, (_, reading) in zip(weights[1:], usable[1:], strict=True)), weights[0] * usable[0][1]
@@ -118,8 +122,6 @@ class Multistep(Solver):
 
 def mean_weights(places: list[float], start: float, end: float) -> list[float]:
     """Weights of values at `places` in the mean over [start, end] of the polynomial through them (Lagrange)."""
-    if len(places) == 1:
-        return [1.0]
     width = end - start
     scaled = (np.array(places) - start) / width
     weights = []
@@ -138,6 +140,14 @@ def _clock(clock: Clock, level: Level) -> float:
 
 def _row(frame: Target) -> Row:
     return frame(Linear(), torch.zeros((), dtype=torch.float64))
+
+
+def _check_leaves(level: Level, frame: Row, solver: Solver) -> None:
+    if not abs(determinant(level.row, frame).item()) >= SMALLEST_DETERMINANT:
+        raise RefusedError(
+            f"{solver} cannot leave t = {level.t.item():g} (signal {level.row.a.item():.2g}): its frame tells nothing "
+            "about the picture in pure noise; use frame x0 or flow, or start below pure noise"
+        )
 
 
 def _check_frame(frame: Target) -> None:

@@ -13,6 +13,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -141,7 +142,8 @@ def _tuple(members: tuple[Any, ...], value: object, path: str) -> tuple[object, 
 
 def _scalar(wanted: type, value: object, path: str) -> object:
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        with suppress(OverflowError):  # an integer beyond all floats is refused below
+            value = float(value)
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
         raise ConfigError(f"{path} is {value!r} ({type(value).__name__}); a value of type {wanted.__name__} is wanted")
     if isinstance(value, float) and not math.isfinite(value):

@@ -113,7 +113,7 @@ def _platform(cache: Path) -> Place | None:
         told = json.loads((STATE / PLATFORM).read_text())
         cluster = Cluster(told["dashboard"], Path(told["token"]))
         return Place(cluster, told["serve"], told["mlflow"], cache) if cluster.alive() else None
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 

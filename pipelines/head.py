@@ -5,7 +5,7 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +34,7 @@ class Ports:
 
 
 @contextmanager
-def ray_head(
-    state: Path, ports: Ports, root: Path, slots: int = 2, variables: Mapping[str, str] | None = None
-) -> Iterator[tuple[Cluster, int]]:
+def ray_head(state: Path, ports: Ports, root: Path, slots: int = 2) -> Iterator[tuple[Cluster, int]]:
     """A running head with `slots` CPUs to hand out, and its process id; its workers import from the checkout `root`.
 
     Its token and its log lie in `state`. Slots are bookkeeping, not processors: what serves or waits needs none.
@@ -44,7 +42,7 @@ def ray_head(
     """
     token = make_token(state / "ray.token")
     cluster = Cluster(f"http://127.0.0.1:{ports.dashboard}", token)
-    folder = Path(tempfile.mkdtemp(prefix="ink-", dir=_short_folder()))
+    folder = _session_folder(state / "ray.folder")
     command: list[str | Path] = [
         Path(sys.executable).with_name("ray"),
         "start",
@@ -62,9 +60,8 @@ def ray_head(
         f"--object-store-memory={STORE}",
         f"--temp-dir={folder}",
     ]
-    environment = _environment(root, token) | dict(variables or {})
     try:
-        with server("Ray", command, environment, state / "ray.log", root) as ray:
+        with server("Ray", command, _environment(root, token), state / "ray.log", root) as ray:
             ray.wait(cluster.alive, START)
             yield cluster, ray.process.pid
     finally:
@@ -93,6 +90,11 @@ def _environment(root: Path, token: Path) -> dict[str, str]:
     }
 
 
-def _short_folder() -> str:
+def _session_folder(record: Path) -> Path:
+    """A new folder with a short path; the one of a head that was killed before it could remove it goes now."""
+    if record.exists():
+        shutil.rmtree(record.read_text(), ignore_errors=True)
     usual = tempfile.gettempdir()
-    return usual if len(usual) <= LONGEST else "/tmp"
+    folder = tempfile.mkdtemp(prefix="ink-", dir=usual if len(usual) <= LONGEST else "/tmp")
+    record.write_text(folder)
+    return Path(folder)

@@ -23,6 +23,9 @@ I = TypeVar("I")  # noqa: E741 (the item of `map`)
 R = TypeVar("R")
 
 ANSWER = 5.0  # seconds a cluster has to accept a connection
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+HTTP2_SETTINGS = 4  # the type of the frame with which every HTTP/2 server begins
+LOOPBACK = ("127.0.0.1", "localhost")
 QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how often a finished loop is noticed; Ray's default is 2 s
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -106,6 +109,9 @@ def connected(cpus: int) -> Iterator[None]:
     """
     address = os.environ.get("RAY_ADDRESS", "local")
     _probe(address)
+    if address.rpartition(":")[0] in LOOPBACK:
+        # Otherwise Ray replaces a loopback address by the machine's own, on which a local head does not listen.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     # Slots are bookkeeping: a small machine may run more workers than it has cores, if slowly.
@@ -121,15 +127,18 @@ def connected(cpus: int) -> Iterator[None]:
 
 
 def _probe(address: str) -> None:
+    """Have a server greet us as gRPC does; Ray itself would wait for minutes on a port that is closed or silent."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
         return  # "local" and "auto" name no host
     try:
-        socket.create_connection((host, int(port)), ANSWER).close()
+        with socket.create_connection((host, int(port)), ANSWER) as connection:
+            connection.sendall(HTTP2_GREETING)
+            answer = connection.recv(9)  # one frame header: length, type, flags, stream
     except OSError as error:
-        raise UnreachableError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); unset it to run here"
-        ) from None
+        raise UnreachableError(f"no Ray cluster answers at RAY_ADDRESS={address} ({error})") from None
+    if len(answer) < 4 or answer[3] != HTTP2_SETTINGS:
+        raise UnreachableError(f"what answers at RAY_ADDRESS={address} is no Ray cluster")
 
 
 def _enter(payload: dict[str, Any]) -> Any:

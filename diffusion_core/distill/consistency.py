@@ -17,7 +17,7 @@ from diffusion_core.distill.progressive import draw_interval
 from diffusion_core.errors import ConfigError
 from diffusion_core.noise import Noise, Stream
 from diffusion_core.objective import Batch, Objective, drop_condition
-from diffusion_core.pair import Pair, mix, unmix
+from diffusion_core.pair import Pair, determinant, mix, unmix
 from diffusion_core.target import FLOW
 
 
@@ -65,12 +65,18 @@ class ConsistencyDistillation(Objective):
         yield "student", ((error + huber**2).sqrt() - huber).mean()
 
     def _teacher_step(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
-        """One Heun step of the teacher in the FLOW frame, which is finite at both ends."""
+        """One Heun step of the teacher in the FLOW frame, which is finite at both ends.
+
+        Into a clean end where the teacher's target cannot be read (x₀ says nothing of the noise there), first order.
+        """
         schedule, frame = self.student.schedule, FLOW()(self.student.schedule, t)
         level, to = schedule(t), schedule(s)
         pair = self.teacher(x, t, cond)
         there = self.teacher(mix(pair, to), s, cond)
-        return mix(unmix(x, level, (mix(pair, frame) + mix(there, frame)) / 2, frame), to)
+        told = determinant(to, self.teacher.target(schedule, s))
+        readable = (told.isfinite() & (told != 0)).reshape(-1, 1, 1, 1)
+        second = torch.where(readable, mix(there, frame), mix(pair, frame))
+        return mix(unmix(x, level, (mix(pair, frame) + second) / 2, frame), to)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

@@ -1,0 +1,105 @@
+"""Networks: silent at birth, moved by noise level and class, blind to their batch; class names by their text."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion_core.errors import ConfigError
+from diffusion_core.nets import NetSpec
+from diffusion_core.nets.dit import Block, DiT
+from diffusion_core.nets.embed import LabelEmbedding, Sinusoids, grid_positions
+from diffusion_core.nets.text import ClassNames
+
+SIZES = {"channels": 3, "size": 8, "classes": 5, "width": 32, "depth": 2, "heads": 2}
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+C = torch.tensor([-1.0, 0.0, 0.5, 2.0])
+LABEL = {"label": torch.tensor([0, 4, -1, 2])}
+
+
+def awake(seed=0, **sizes):
+    """A network none of whose weights is zero."""
+    torch.manual_seed(seed)
+    net = DiT(**(SIZES | sizes))
+    for weight in net.parameters():
+        nn.init.normal_(weight, std=0.2)
+    return net
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_the_shape_is_kept_and_the_first_word_is_zero(patch):
+    out = DiT(**SIZES, patch=patch)(X, C, LABEL)
+    assert out.shape == X.shape and not out.any()
+    assert awake(patch=patch)(X, C, LABEL).shape == X.shape
+
+
+def test_a_block_is_the_identity_at_birth():
+    tokens, steer = torch.randn(2, 16, 32), torch.randn(2, 32)
+    assert torch.equal(Block(32, 2, 4)(tokens, steer), tokens)
+
+
+def test_noise_level_class_and_place_matter():
+    net = awake()
+    with torch.no_grad():
+        out = net(X, C, LABEL)
+        assert not torch.allclose(net(X, C + 0.1, LABEL), out, atol=1e-4)
+        assert not torch.allclose(net(X, C, {"label": torch.tensor([1, 3, 0, 0])}), out, atol=1e-4)
+        assert not torch.allclose(net(X.roll(2, -1), C, LABEL).roll(-2, -1), out, atol=1e-4)
+
+
+def test_no_condition_is_the_label_no_class():
+    net = awake()
+    assert torch.equal(net(X, C), net(X, C, {"label": torch.full((4,), -1)}))
+    embedding = LabelEmbedding(5, 8)
+    assert torch.equal(embedding(torch.tensor([-1, 2])), embedding.weight[[5, 2]])
+
+
+def test_a_row_does_not_know_its_batch():
+    net = awake()
+    with torch.no_grad():
+        together = net(X, C, LABEL)
+        for i in range(4):
+            alone = net(X[i : i + 1], C[i : i + 1], {"label": LABEL["label"][i : i + 1]})
+            torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-5, atol=1e-5)
+
+
+def test_no_denoiser_has_a_layer_that_mixes_the_batch():
+    """Against the statement that class conditioning is conditional batch norm: no network known here holds one."""
+    sizes = {"dit": SIZES}
+    assert sizes.keys() == NetSpec.known.keys()
+    for kind, keywords in sizes.items():
+        net = NetSpec.read({"kind": kind, **keywords}, "net").build()
+        assert not [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+
+
+def test_patches_are_put_back_where_they_came_from():
+    """With silent blocks and mirrored ends the network is affine in each patch alone: a changed pixel moves only its own."""
+    net = awake(depth=0)
+    changed = X.clone()
+    changed[0, 0, 3, 6] += 1
+    with torch.no_grad():
+        moved = (net(changed, C) - net(X, C)).abs().sum(1) > 1e-7
+    assert moved[0, 2:4, 6:8].all() and moved.sum() == 4
+
+
+def test_embeddings_are_told_apart():
+    places = grid_positions(8, 32)
+    assert places.shape == (64, 32)
+    assert torch.cdist(places, places)[~torch.eye(64, dtype=torch.bool)].min() > 0.1
+    levels = Sinusoids(64)(torch.linspace(-3, 3, 101))
+    assert levels.shape == (101, 64) and levels.isfinite().all()
+    assert torch.cdist(levels, levels)[~torch.eye(101, dtype=torch.bool)].min() > 0.1
+
+
+@pytest.mark.parametrize("sizes", [{"size": 7}, {"heads": 3}, {"width": 30, "heads": 2}])
+def test_impossible_sizes_are_refused(sizes):
+    with pytest.raises(ConfigError, match="patch must divide size"):
+        DiT(**(SIZES | sizes))
+
+
+def test_class_names():
+    names = ClassNames(("cat", "Dog", "horse"))
+    assert [names.label(text) for text in ("cat", " dog\n", "HORSE")] == [0, 1, 2]
+    with pytest.raises(ConfigError, match=r"prompt is 'hors'.*did you mean 'horse'"):
+        names.label("hors")
+    with pytest.raises(ConfigError, match="allowed: Dog, cat, horse"):
+        names.label("")
