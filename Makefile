@@ -12,7 +12,7 @@ help: ## print this
 demo: ## fresh clone to finished pipeline: environment, every stage, the table of results
 	@mkdir -p $(dir $(TIMES)) && echo "demo_started $$(date +%s)" > $(TIMES)
 	@$(MAKE) --no-print-directory .venv/.stamp
-	@$(BIN)/python -m pipelines.tracking.identity > /dev/null
+	@$(BIN)/python -m pipelines.tracking > /dev/null
 	@echo "repro_started $$(date +%s)" >> $(TIMES)
 	$(BIN)/dvc repro
 	@echo "repro_ended $$(date +%s)" >> $(TIMES)

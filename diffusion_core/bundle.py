@@ -5,6 +5,7 @@ manifest.json the digests. Nothing in a bundle is code, and loading one runs non
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from diffusion_core.weights import load_weights, write_tensors
 
 FORMAT = 1
 NAME, CODEC_NAME = "bundle.json", "codec.json"
+KEYS = ("codec", "denoiser", "sampling", "classes", "image_shape", "about")
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def load(folder: Path, *, verify: bool = True) -> Bundle:
     """
     if verify:
         manifest.verify(folder)
-    described = _read_json(folder / NAME)
+    described = _read_json(folder / NAME, KEYS)
     codec_spec = CodecSpec.read(described["codec"], f"{NAME}: codec")
     denoiser_spec = build(DenoiserSpec, described["denoiser"], f"{NAME}: denoiser")
     codec: Codec = codec_spec.build()
@@ -111,7 +113,7 @@ def save_codec(codec: Codec, codec_spec: CodecSpec, folder: Path) -> None:
 
 def load_codec(folder: Path) -> tuple[Codec, CodecSpec]:
     """A codec saved alone, in eval mode, and its spec; the folder's manifest is the caller's to verify."""
-    codec_spec = CodecSpec.read(_read_json(folder / CODEC_NAME)["codec"], f"{CODEC_NAME}: codec")
+    codec_spec = CodecSpec.read(_read_json(folder / CODEC_NAME, ["codec"])["codec"], f"{CODEC_NAME}: codec")
     codec: Codec = codec_spec.build()
     load_weights(codec, folder / "codec.safetensors")
     return codec.eval().requires_grad_(False), codec_spec
@@ -128,11 +130,14 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     try:
         described: dict[str, Any] = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise IntegrityError(f"{path} cannot be read ({error})") from error
-    if described.get("format") != FORMAT:
-        raise IntegrityError(f"{path} has format {described.get('format')!r}; this version reads format {FORMAT}")
+    found = described.get("format") if isinstance(described, dict) else None
+    if found != FORMAT:
+        raise IntegrityError(f"{path} has format {found!r}; this version reads format {FORMAT}")
+    if missing := [key for key in keys if key not in described]:
+        raise IntegrityError(f"{path} lacks {', '.join(missing)}")
     return described

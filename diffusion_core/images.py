@@ -33,7 +33,7 @@ def decode(data: bytes, channels: int, *, max_pixels: int = MAX_PIXELS, origin: 
                 if picture.width * picture.height > max_pixels:
                     size = f"{picture.width}x{picture.height}"
                     raise DataError(f"{origin} has {size} pixels; at most {max_pixels} are allowed")
-                upright = ImageOps.exif_transpose(picture).convert(MODES[channels])
+                upright = _eight_bits(ImageOps.exif_transpose(picture)).convert(MODES[channels])
     except UnidentifiedImageError:
         raise DataError(f"{origin} is no picture in {', '.join(FORMATS)} ({len(data)} bytes)") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -41,6 +41,13 @@ def decode(data: bytes, channels: int, *, max_pixels: int = MAX_PIXELS, origin: 
             raise
         raise DataError(f"{origin} cannot be decoded: {error}") from error
     return np.asarray(upright).reshape(upright.height, upright.width, channels)
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Grey of sixteen bits scaled to eight; Pillow's own conversion would clip all but the darkest to white."""
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    return picture
 
 
 def resize(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

@@ -22,7 +22,7 @@ from diffusion_core.errors import ConfigError, GateError, UnreachableError
 from diffusion_core.metrics.judge import Judge, load_classifier
 from pipelines.head import Ports, ray_head
 from pipelines.processes import free_ports
-from pipelines.rollout import Cluster, Place, rollout
+from pipelines.rollout import Dashboard, Place, rollout
 from pipelines.stage import STATE, Stage, run
 from pipelines.tracking.registry import Registry, Version
 from pipelines.tracking.store import Address
@@ -111,7 +111,7 @@ def _platform(cache: Path) -> Place | None:
     """What `make up` left word of, if its dashboard still answers to its token."""
     try:
         told = json.loads((STATE / PLATFORM).read_text())
-        cluster = Cluster(told["dashboard"], Path(told["token"]))
+        cluster = Dashboard(told["dashboard"], Path(told["token"]))
         return Place(cluster, told["serve"], told["mlflow"], cache) if cluster.alive() else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

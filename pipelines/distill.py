@@ -18,6 +18,7 @@ from pipelines import launch
 from pipelines.data.reader import Latents
 from pipelines.fitting import Place, publish_weights, resume_and_fit
 from pipelines.launch import Cluster
+from pipelines.models import BUNDLES
 from pipelines.previews import preview
 from pipelines.stage import Stage, choice, run
 
@@ -133,4 +134,4 @@ def loop(job: Job, device: str) -> None:
 if __name__ == "__main__":
     configs = {"progressive": ProgressiveConfig, "consistency": ConsistencyConfig}
     word = choice(configs)
-    run(f"distill.{word}", configs[word], main, out=f"artifacts/students/{word}", kind="bundle")
+    run(f"distill.{word}", configs[word], main, out=BUNDLES[word], kind="bundle")

@@ -25,13 +25,9 @@ from diffusion_core.sampler import generate
 from diffusion_core.solver import Solver
 from diffusion_core.spec import spec
 from pipelines.curves import Point, candidates, measure, solver_name
+from pipelines.models import BUNDLES
 from pipelines.stage import Stage, choice, run
 
-BUNDLES = {
-    "teacher": "artifacts/teacher",
-    "progressive": "artifacts/students/progressive",
-    "consistency": "artifacts/students/consistency",
-}
 COLUMNS, ROWS, MAGNIFIED = 10, 6, 2
 
 

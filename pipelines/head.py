@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.processes import free_ports, server
-from pipelines.rollout import Cluster
+from pipelines.rollout import Dashboard
 
 START = 60.0  # seconds a head may take to answer; about ten on two idle cores
 STORE = 200 * 1024 * 1024  # bytes of Ray's object store: pictures are small
@@ -34,14 +34,14 @@ class Ports:
 
 
 @contextmanager
-def ray_head(state: Path, ports: Ports, root: Path, slots: int = 2) -> Iterator[tuple[Cluster, int]]:
+def ray_head(state: Path, ports: Ports, root: Path, slots: int = 2) -> Iterator[tuple[Dashboard, int]]:
     """A running head with `slots` CPUs to hand out, and its process id; its workers import from the checkout `root`.
 
     Its token and its log lie in `state`. Slots are bookkeeping, not processors: what serves or waits needs none.
     Raises UnreachableError, with the end of Ray's own log, if it does not come up.
     """
     token = make_token(state / "ray.token")
-    cluster = Cluster(f"http://127.0.0.1:{ports.dashboard}", token)
+    cluster = Dashboard(f"http://127.0.0.1:{ports.dashboard}", token)
     folder = _session_folder(state / "ray.folder")
     command: list[str | Path] = [
         Path(sys.executable).with_name("ray"),

@@ -8,6 +8,7 @@ Serve over HTTP and lives beside this file, so that rolling out imports no Ray.
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 import socket
 import uuid
@@ -112,6 +113,9 @@ def connected(cpus: int) -> Iterator[None]:
     if address.rpartition(":")[0] in LOOPBACK:
         # Otherwise Ray replaces a loopback address by the machine's own, on which a local head does not listen.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if address == "local" and not any(name.startswith("RAY_AUTH") for name in os.environ):
+        # Left to itself Ray writes a token that everyone may read into the home folder.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
     # Slots are bookkeeping: a small machine may run more workers than it has cores, if slowly.

@@ -13,14 +13,10 @@ from diffusion_core import manifest
 from diffusion_core.errors import ConfigError, DataError, GateError, IntegrityError
 from diffusion_core.manifest import Manifest, digest_of
 from pipelines.gate import Bounds, Score, Verdict, choose, examine, promote
+from pipelines.models import BUNDLES
 from pipelines.stage import STATE, Stage, run
 from pipelines.tracking.registry import Registry, Version
 
-BUNDLES = {
-    "teacher": "artifacts/teacher",
-    "progressive": "artifacts/students/progressive",
-    "consistency": "artifacts/students/consistency",
-}
 GIVEN = (
     "git.commit",
     "dvc.lock.digest",

@@ -23,7 +23,7 @@ POLL = 0.2  # seconds
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Dashboard:
     """The dashboard of a cluster on which Serve runs or may be started; `token` is the file with its bearer token."""
 
     dashboard: str
@@ -65,7 +65,7 @@ class Cluster:
 class Place:
     """Where to roll out: a cluster, the URL its Serve has, and the registry and folder of copies its replicas use."""
 
-    cluster: Cluster
+    cluster: Dashboard
     url: str
     tracking_uri: str
     cache: Path
@@ -114,7 +114,7 @@ def rollout(place: Place, reference: str, seconds: float) -> dict[str, str]:
     return served
 
 
-def _status(cluster: Cluster) -> tuple[str, str]:
+def _status(cluster: Dashboard) -> tuple[str, str]:
     application = cluster.state().get("applications", {}).get(APPLICATION, {})
     said = [application.get("message"), *(one.get("message") for one in application.get("deployments", {}).values())]
     reason = " ".join(text.strip()[-600:] for text in said if text and text.strip())

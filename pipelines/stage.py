@@ -5,7 +5,6 @@ write into a draft folder and publishes the draft by rename. An error leaves no 
 signal ends the stage and everything it started.
 """
 
-import ctypes
 import fcntl
 import os
 import shutil
@@ -14,7 +13,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -26,13 +25,13 @@ from diffusion_core import manifest
 from diffusion_core.errors import ConfigError, InkwellError, IntegrityError, suggest
 from diffusion_core.manifest import Manifest
 from diffusion_core.spec import build, flatten, spec
+from pipelines.leash import end_with_parent
 from pipelines.progress import Bar, follow
 from pipelines.tracking import Tracker
 
 PARAMS = Path("params.yaml")
 STATE = Path(".inkwell")
 C = TypeVar("C")
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -86,7 +85,7 @@ def run(name: str, config_type: type[C], main: Callable[[C, Stage], Mapping[str,
     Exit codes: 0 done, 1 a bug (with traceback), 2 refused input (one sentence), 130 or 143 ended by a signal.
     """
     console = Console(stderr=True, soft_wrap=True)
-    _die_with_parent()
+    end_with_parent()  # a killed `dvc repro` leaves no writer behind
     signal.signal(signal.SIGTERM, _on_terminate)
     try:
         with _lock(name):
@@ -202,12 +201,6 @@ def _identity() -> dict[str, str]:
     if lock.exists():
         tags["dvc.lock.digest"] = manifest.hash_file(lock)
     return tags | {"pipeline": manifest.digest_of([tags["git.commit"], tags["params.digest"]])}
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel (Linux) to end this process with its parent, so that a killed `dvc repro` leaves no writer."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _on_terminate(_signal: int, _frame: object) -> None:

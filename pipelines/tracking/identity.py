@@ -3,20 +3,15 @@
 The identity is a UUID that lives in the store itself, as a tag of the project's experiment; so an emptied or
 replaced registry has another one at the same address. Stages that write to the registry depend on the file
 `.inkwell/registry.json`, and run again when it changes.
-
-    python -m pipelines.tracking.identity       # brings the file up to date and prints it
 """
 
 import json
-import sys
 from pathlib import Path
 
-from diffusion_core.errors import UnreachableError
 from diffusion_core.manifest import write_atomic
-from pipelines.tracking.store import Address, connect, exclusive
+from pipelines.tracking.store import Address, exclusive
 
 NAME = "registry.json"
-STATE = Path(".inkwell")
 
 
 def write(state: Path, address: Address, identity: str | None) -> Path:
@@ -33,18 +28,3 @@ def promise(state: Path, address: Address) -> None:
     """Make a file without identity if there is none, so that the stages that depend on it can say what is wrong."""
     if not (state / NAME).exists():
         write(state, address, None)
-
-
-def main() -> None:
-    """Print the identity of the registry; exits with code 2 and a sentence if it does not answer within 15 s."""
-    address = Address.of(STATE)
-    try:
-        store = connect(address, STATE.resolve())
-    except UnreachableError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    print(write(STATE, address, store.identity).read_text(), end="")
-
-
-if __name__ == "__main__":
-    main()

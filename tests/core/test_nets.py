@@ -72,7 +72,7 @@ def test_no_denoiser_has_a_layer_that_mixes_the_batch():
 
 
 def test_patches_are_put_back_where_they_came_from():
-    """With silent blocks and mirrored ends the network is affine in each patch alone: a changed pixel moves only its own."""
+    """Without blocks, which alone mix places, a changed pixel moves the pixels of its own patch only."""
     net = awake(depth=0)
     changed = X.clone()
     changed[0, 0, 3, 6] += 1

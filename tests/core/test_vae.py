@@ -27,7 +27,7 @@ def test_divergence_is_the_integral(mean, std):
     p, q = stats.norm(mean, std), stats.norm()
     wanted = integrate.quad(lambda z: p.pdf(z) * (p.logpdf(z) - q.logpdf(z)), mean - 12 * std, mean + 12 * std)[0]
     shape = (5, 2, 3, 3)  # summed over the latent, mean over the batch
-    found = kl_divergence(torch.full(shape, mean).double(), torch.full(shape, 2 * math.log(std)).double())
+    found = kl_divergence(*(torch.full(shape, one, dtype=torch.float64) for one in (mean, 2 * math.log(std))))
     assert found.item() == pytest.approx(18 * wanted, abs=1e-9)
 
 

@@ -39,7 +39,7 @@ def test_views_are_written_whole(tmp_path):
     ("change", "words"),
     [
         (lambda tensors: tensors.pop("bias"), ["lacks 'bias' of Linear", "allowed: weight"]),
-        (lambda tensors: tensors.update(bais=tensors.pop("bias")), ["did you mean 'bais'"]),
+        (lambda tensors: tensors.update(biased=tensors.pop("bias")), ["did you mean 'biased'"]),
         (lambda tensors: tensors.update(wait=torch.zeros(1)), ["holds 'wait'", "unknown to Linear"]),
         (lambda tensors: tensors.update(weight=torch.zeros(3, 2)), ["'weight' has shape [3, 2]; [2, 3] is wanted"]),
     ],

@@ -259,7 +259,7 @@ def test_an_address_never_shows_its_password() -> None:
 
 
 def run_identity(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-m", "pipelines.tracking.identity"]
+    program = [sys.executable, "-m", "pipelines.tracking"]
     environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""}
     return subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
