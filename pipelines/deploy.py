@@ -102,17 +102,17 @@ def _place(stage: Stage) -> Iterator[Place]:
     stage.say("no platform runs; starting Serve for this stage")
     state = (STATE / "deploy").resolve()
     state.mkdir(parents=True, exist_ok=True)
-    with ray_head(state, Ports.free(), Path.cwd()) as (cluster, _):
+    with ray_head(state, Ports.free(), Path.cwd()) as (dashboard, _):
         (port,) = free_ports(1)
-        yield Place(cluster, f"http://127.0.0.1:{port}", Address.of(STATE).uri, cache)
+        yield Place(dashboard, f"http://127.0.0.1:{port}", Address.of(STATE).uri, cache)
 
 
 def _platform(cache: Path) -> Place | None:
     """What `make up` left word of, if its dashboard still answers to its token."""
     try:
         told = json.loads((STATE / PLATFORM).read_text())
-        cluster = Dashboard(told["dashboard"], Path(told["token"]))
-        return Place(cluster, told["serve"], told["mlflow"], cache) if cluster.alive() else None
+        dashboard = Dashboard(told["dashboard"], Path(told["token"]))
+        return Place(dashboard, told["serve"], told["mlflow"], cache) if dashboard.alive() else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 

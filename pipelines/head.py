@@ -41,7 +41,7 @@ def ray_head(state: Path, ports: Ports, root: Path, slots: int = 2) -> Iterator[
     Raises UnreachableError, with the end of Ray's own log, if it does not come up.
     """
     token = make_token(state / "ray.token")
-    cluster = Dashboard(f"http://127.0.0.1:{ports.dashboard}", token)
+    dashboard = Dashboard(f"http://127.0.0.1:{ports.dashboard}", token)
     folder = _session_folder(state / "ray.folder")
     command: list[str | Path] = [
         Path(sys.executable).with_name("ray"),
@@ -62,8 +62,8 @@ def ray_head(state: Path, ports: Ports, root: Path, slots: int = 2) -> Iterator[
     ]
     try:
         with server("Ray", command, _environment(root, token), state / "ray.log", root) as ray:
-            ray.wait(cluster.alive, START)
-            yield cluster, ray.process.pid
+            ray.wait(dashboard.alive, START)
+            yield dashboard, ray.process.pid
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

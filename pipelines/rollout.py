@@ -26,7 +26,7 @@ POLL = 0.2  # seconds
 class Dashboard:
     """The dashboard of a cluster on which Serve runs or may be started; `token` is the file with its bearer token."""
 
-    dashboard: str
+    url: str
     token: Path
 
     def state(self) -> dict[str, Any]:
@@ -49,14 +49,14 @@ class Dashboard:
         try:
             headers = {"authorization": f"Bearer {self.token.read_text().strip()}", "content-type": "application/json"}
             data = None if body is None else json.dumps(body).encode()
-            request = urllib.request.Request(self.dashboard + REST, data, headers, method=method)
+            request = urllib.request.Request(self.url + REST, data, headers, method=method)
             with urllib.request.urlopen(request, timeout=seconds) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace").strip()[:300]
-            raise UnreachableError(f"{self.dashboard} answers {error.code} to {method} {REST}: {said}") from error
+            raise UnreachableError(f"{self.url} answers {error.code} to {method} {REST}: {said}") from error
         except OSError as error:
-            raise UnreachableError(f"{self.dashboard} does not answer: {error}") from error
+            raise UnreachableError(f"{self.url} does not answer: {error}") from error
         found: dict[str, Any] = json.loads(text or "{}")
         return found
 
@@ -65,14 +65,14 @@ class Dashboard:
 class Place:
     """Where to roll out: a cluster, the URL its Serve has, and the registry and folder of copies its replicas use."""
 
-    cluster: Dashboard
+    dashboard: Dashboard
     url: str
     tracking_uri: str
     cache: Path
 
     def configuration(self, reference: str, revision: str) -> dict[str, Any]:
         """Serve's whole configuration with our application in it, beside what else the cluster runs."""
-        state = self.cluster.state()
+        state = self.dashboard.state()
         known = {name: one["deployed_app_config"] for name, one in state.get("applications", {}).items()}
         fresh = {
             "name": APPLICATION,
@@ -96,10 +96,10 @@ def rollout(place: Place, reference: str, seconds: float) -> dict[str, str]:
     Raises GateError if the application or the model is refused, UnreachableError if it takes longer than `seconds`.
     """
     revision = uuid.uuid4().hex  # never used before: replicas that serve this alias read it again
-    place.cluster.put(place.configuration(reference, revision))
+    place.dashboard.put(place.configuration(reference, revision))
     last = time.monotonic() + seconds
     while True:
-        status, reason = _status(place.cluster)
+        status, reason = _status(place.dashboard)
         state = _ready(place.url)
         if state.get("revision") == revision and status == "RUNNING":
             break
@@ -114,8 +114,8 @@ def rollout(place: Place, reference: str, seconds: float) -> dict[str, str]:
     return served
 
 
-def _status(cluster: Dashboard) -> tuple[str, str]:
-    application = cluster.state().get("applications", {}).get(APPLICATION, {})
+def _status(dashboard: Dashboard) -> tuple[str, str]:
+    application = dashboard.state().get("applications", {}).get(APPLICATION, {})
     said = [application.get("message"), *(one.get("message") for one in application.get("deployments", {}).values())]
     reason = " ".join(text.strip()[-600:] for text in said if text and text.strip())
     return application.get("status", "absent"), reason or "no reason given"

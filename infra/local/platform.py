@@ -151,23 +151,23 @@ def _serve(stack: ExitStack, word: Word) -> None:
         word.leave()
     ray_ports = Ports(ports["gcs"], ports["dashboard"], ports["client"], ports["agent"])
     slots = max(SLOTS, os.cpu_count() or 1)
-    cluster, pid = stack.enter_context(ray_head(FOLDER, ray_ports, ROOT, slots))
+    dashboard, pid = stack.enter_context(ray_head(FOLDER, ray_ports, ROOT, slots))
     word = replace(
         word,
         servers=word.servers | {"ray": pid},
         mlflow=mlflow,
-        dashboard=cluster.dashboard,
+        dashboard=dashboard.url,
         ray=f"127.0.0.1:{ports['gcs']}",
         serve=f"http://127.0.0.1:{ports['serve']}",
-        token=str(cluster.token),
+        token=str(dashboard.token),
     )
     word.leave()
-    print(f"Ray        {cluster.dashboard} (token in {cluster.token.relative_to(ROOT)}), {word.ray}", flush=True)
+    print(f"Ray        {dashboard.url} (token in {dashboard.token.relative_to(ROOT)}), {word.ray}", flush=True)
     if database is not None:
         database.wait(lambda: answers(f"{mlflow}/health"), START)
     print(f"MLflow     {Address(mlflow)}", flush=True)
     try:
-        served = rollout(Place(cluster, word.serve, mlflow, STATE / "serving"), REFERENCE, SERVE)
+        served = rollout(Place(dashboard, word.serve, mlflow, STATE / "serving"), REFERENCE, SERVE)
         print(f"Endpoint   {word.serve} serves {REFERENCE}, version {served['version']}", flush=True)
     except GateError as error:
         print(f"Endpoint   {word.serve} serves nothing yet: {error}", flush=True)

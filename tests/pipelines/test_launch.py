@@ -1,6 +1,7 @@
 """The door to the cluster: one real Ray for the module, joined by its address as a person would."""
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -39,6 +40,8 @@ def free_port() -> int:
 def address() -> Iterator[str]:
     """A cluster of its own: one head with three slots, in a short temporary folder."""
     port = free_port()
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads its token once a process, so it is one for all tests
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
         words = f"start --head --block --node-ip-address 127.0.0.1 --port {port} --num-cpus 3 --temp-dir {folder}"
         words += " --include-dashboard false --disable-usage-stats --object-store-memory 80000000"
