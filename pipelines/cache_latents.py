@@ -1,25 +1,27 @@
 """Cache latents: every picture through the codec once, so that training reads moments and not pictures.
 
 Mean and standard deviation are kept, not a draw: each epoch sees fresh latents from the picture's own
-distribution. A row's cache key names all that its moments depend on.
+distribution. A row's cache key names all that its moments depend on. The work is done here or, with `workers`,
+in Ray tasks.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from diffusion_core import manifest
 from diffusion_core.bundle import load_codec
-from diffusion_core.codec import Codec
+from diffusion_core.codec import Codec, Moments
 from diffusion_core.errors import ConfigError, DataError
 from diffusion_core.weights import write_tensors
+from pipelines import launch
 from pipelines.data import index
 from pipelines.data.index import INDEX, LatentRow
 from pipelines.data.reader import Pictures
-from pipelines.progress import Bar
 from pipelines.stage import Stage, run
 
 LAYOUT = "mean+std"
@@ -27,14 +29,27 @@ LAYOUT = "mean+std"
 
 @dataclass(frozen=True)
 class Config:
-    """`batch` pictures are encoded at once; the moments are stored as `dtype`."""
+    """`batch` pictures are encoded at once, by `workers` Ray workers or (0) here; the moments are stored as `dtype`."""
 
     batch: int = 256
     dtype: Literal["float16", "float32"] = "float16"
+    workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ConfigError(f"batch {self.batch}: at least 1 is wanted")
+        if self.batch < 1 or self.workers < 0:
+            raise ConfigError(f"batch {self.batch}, workers {self.workers}: batch >= 1 and workers >= 0 are wanted")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows `start` to `end` of a split, and where they and the codec are; paths are absolute."""
+
+    data: Path
+    codec: Path
+    dtype: str
+    split: str
+    start: int
+    end: int
 
 
 def main(config: Config, stage: Stage) -> dict[str, Any]:
@@ -42,49 +57,58 @@ def main(config: Config, stage: Stage) -> dict[str, Any]:
     folder, data = stage.input("artifacts/data", "data")
     stage.input("artifacts/validation", "validation")
     codec_folder, made = stage.input("artifacts/codec", "codec")
-    codec, _ = load_codec(codec_folder)
     splits = {split: count for split, count in data.about["counts"].items() if count}
-    channels, side = data.about["channels"], data.about["resolution"]
-    image_shape = (channels, side, side)
+    image_shape = [data.about["channels"], data.about["resolution"], data.about["resolution"]]
     recipe = {
-        "transform": {"image_shape": list(image_shape), "range": [-1, 1]},
+        "transform": {"image_shape": image_shape, "range": [-1, 1]},
         "codec": made.digest,
         "dtype": config.dtype,
         "layout": LAYOUT,
     }
-    rows: list[LatentRow] = []
+    chunks = [
+        Chunk(folder.resolve(), codec_folder.resolve(), config.dtype, split, start, min(start + config.batch, count))
+        for split, count in splits.items()
+        for start in range(0, count, config.batch)
+    ]
+    encoded: dict[str, list[Moments]] = {split: [] for split in splits}
     with stage.bar("encode", sum(splits.values())) as bar:
-        for split in splits:
-            pictures = Pictures.open(folder, split)
-            tensors = moments(codec, pictures, config, bar)
-            write_tensors(stage.out / f"{split}.safetensors", tensors)
-            stage.samples[f"{split}.safetensors"] = len(pictures)
-            rows += keyed(pictures, split, recipe)
+        for chunk, found in zip(chunks, launch.map(encode, chunks, config.workers), strict=True):
+            encoded[chunk.split].append(found)
+            bar.step(chunk.end - chunk.start)
+    rows: list[LatentRow] = []
+    for split, parts in encoded.items():
+        pictures = Pictures.open(folder, split)
+        mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
+        write_tensors(stage.out / f"{split}.safetensors", {"mean": mean, "std": std, "label": pictures.labels})
+        stage.samples[f"{split}.safetensors"] = len(pictures)
+        rows += keyed(pictures, split, recipe)
     index.write(stage.out / INDEX, LatentRow, rows)
+    latent_shape = list(mean.shape[1:])
     return recipe | {
         "classes": data.about["classes"],
         "counts": splits,
-        "image_shape": list(image_shape),
-        "latent_shape": list(codec.latent_shape(image_shape)),
+        "image_shape": image_shape,
+        "latent_shape": latent_shape,
     }
 
 
 @torch.inference_mode()
-def moments(codec: Codec, pictures: Pictures, config: Config, bar: Bar) -> dict[str, Tensor]:
-    """Mean and std of a split's latents, (N, c, h, w) each, and its labels (N,); DataError if one is not finite."""
-    dtype = getattr(torch, config.dtype)
-    mean = torch.empty(len(pictures), *codec.latent_shape(pictures.shape), dtype=dtype)
-    std = torch.empty_like(mean)
-    for start in range(0, len(pictures), config.batch):
-        ids = torch.arange(start, min(start + config.batch, len(pictures)))
-        found = codec.encode(pictures.tensor(ids))
-        mean[ids], std[ids] = found.mean.to(dtype), found.std.to(dtype)
-        finite = (mean[ids].isfinite() & std[ids].isfinite()).flatten(1).all(1)
-        if not finite.all():
-            key = pictures.keys[int(ids[~finite][0])]
-            raise DataError(f"the latent of picture {key} is not finite as {config.dtype}; the codec is broken")
-        bar.step(len(ids))
-    return {"mean": mean, "std": std, "label": pictures.labels}
+def encode(chunk: Chunk) -> Moments:
+    """The moments of a chunk, (n, c, h, w) each; raises DataError naming the first picture whose are not finite."""
+    codec, pictures = _opened(chunk.data, chunk.codec, chunk.split)
+    dtype = getattr(torch, chunk.dtype)
+    found = Moments(*(part.to(dtype) for part in codec.encode(pictures.tensor(torch.arange(chunk.start, chunk.end)))))
+    finite = (found.mean.isfinite() & found.std.isfinite()).flatten(1).all(1)
+    if not finite.all():
+        key = pictures.keys[chunk.start + int((~finite).nonzero()[0])]
+        raise DataError(f"the latent of picture {key} is not finite as {chunk.dtype}; the codec is broken")
+    return found
+
+
+@lru_cache(maxsize=1)
+def _opened(data: Path, codec: Path, split: str) -> tuple[Codec, Pictures]:
+    """Codec and pictures, opened once by every process that encodes."""
+    return load_codec(codec)[0], Pictures.open(data, split)
 
 
 def keyed(pictures: Pictures, split: str, recipe: Mapping[str, Any]) -> Iterator[LatentRow]:

@@ -37,11 +37,6 @@ class Point(NamedTuple):
             "seconds_per_image": self.seconds,
         }
 
-    def row(self) -> dict[str, Any]:
-        """What was measured, and how the pictures were made."""
-        solver = solver_name(self.passport.sampling.solver)
-        return {**self.numbers(), "solver": solver, "passport": self.passport.digest}
-
 
 def candidates(defaults: Sampling, calls: int, solvers: Sequence[Solver]) -> tuple[Sampling, ...]:
     """The samplings that make exactly `calls` network calls: the default solver's and those of `solvers`.

@@ -55,7 +55,7 @@ class Config:
 
 
 def main(model: str, config: Config, stage: Stage) -> Mapping[str, Any]:
-    """Write metrics.json, curve.json and grid.png of one model."""
+    """Write metrics.json, passport.json, curve.json and grid.png of one model."""
     judge_folder, _ = stage.input("artifacts/judge", "judge")
     bundle_folder, sealed = stage.input(BUNDLES[model], "bundle")
     ruler, bundle = load_ruler(judge_folder), bundles.load(bundle_folder, verify=False)
@@ -88,6 +88,7 @@ def main(model: str, config: Config, stage: Stage) -> Mapping[str, Any]:
     }
     metrics = report(model, ruler, points[bundle.sampling], best)
     _write_json(stage.out / "metrics.json", metrics)
+    _write_json(stage.out / "passport.json", spec(default))
     _write_json(stage.out / "curve.json", curve(model, points.values()))
     (stage.out / "grid.png").write_bytes(encode_png(sheet(bundle, config.seed)))
     _track(stage, points[bundle.sampling], best)
@@ -116,9 +117,7 @@ def report(model: str, ruler: Ruler, default: Point, best: Mapping[int, Point]) 
         "calls": default.calls,
         "seed": passport.first_seed,
         "count": passport.count,
-        "by_calls": {str(calls): point.row() for calls, point in best.items()},
-        "bundle": passport.bundle,
-        "passport": spec(passport),
+        "by_calls": {str(calls): point.numbers() for calls, point in best.items()},
     }
 
 
@@ -151,7 +150,7 @@ def _track(stage: Stage, default: Point, best: Mapping[int, Point]) -> None:
     stage.tracker.metrics({**default.numbers(), "calls": default.calls}, default.calls)
     for calls, point in best.items():
         stage.tracker.metrics({f"by_calls/{name}": value for name, value in point.numbers().items()}, calls)
-    for name in ("metrics.json", "grid.png"):
+    for name in ("metrics.json", "passport.json", "grid.png"):
         stage.tracker.artifact(stage.out / name)
 
 

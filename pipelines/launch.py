@@ -10,7 +10,9 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -85,21 +87,28 @@ def train(loop: Callable[[C, str], R], config: C, cluster: Cluster) -> R:
 
 
 def map(fn: Callable[[I], R], items: Sequence[I], workers: int) -> Iterator[R]:
-    """fn of every item, in order: here if `workers` is 0, else as Ray tasks, at most two a worker in flight."""
+    """fn of every item, in order: here if `workers` is 0, else as Ray tasks, at most two a worker in flight.
+
+    Raises what fn raised.
+    """
     if workers == 0:
         yield from (fn(item) for item in items)
         return
     with connected(workers):
         import ray
+        from ray.exceptions import RayTaskError
 
         task = ray.remote(num_cpus=1)(fn)
         flying: list[Any] = []
-        for item in items:
-            if len(flying) == 2 * workers:
+        try:
+            for item in items:
+                if len(flying) == 2 * workers:
+                    yield ray.get(flying.pop(0))
+                flying.append(task.remote(item))
+            while flying:
                 yield ray.get(flying.pop(0))
-            flying.append(task.remote(item))
-        while flying:
-            yield ray.get(flying.pop(0))
+        except RayTaskError as error:  # Ray puts its own traceback into the sentence
+            raise error.cause from None
 
 
 @contextlib.contextmanager
@@ -120,10 +129,13 @@ def connected(cpus: int) -> Iterator[None]:
 
     # Slots are bookkeeping: a small machine may run more workers than it has cores, if slowly.
     local = {"num_cpus": max(cpus, os.cpu_count() or 1), "include_dashboard": False} if address == "local" else {}
+    ended = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **local)
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         raise UnreachableError(f"the Ray cluster at RAY_ADDRESS={address} cannot be joined: {error}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ended)  # Ray has put its own there, which aborts the process
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
 """Stage register: every judged model becomes a version with its lineage; the best that passes the gate is promoted.
 
-A version is known by the digests of its bundle and of its evaluation, so running the stage again adds nothing.
+A version is known by the digests of its bundle and of its passport, so running the stage again adds nothing.
 No alias moves before every model was checked: if none passes, both stay where they were.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusion_core import manifest
 from diffusion_core.errors import ConfigError, DataError, GateError, IntegrityError
-from diffusion_core.manifest import Manifest, digest_of
+from diffusion_core.manifest import Manifest
 from pipelines.gate import Bounds, Score, Verdict, choose, examine, promote
 from pipelines.models import BUNDLES
 from pipelines.stage import STATE, Stage, run
@@ -52,7 +52,7 @@ class Entry:
     @property
     def key(self) -> dict[str, str]:
         """The tags that make two registrations the same one."""
-        return {name: self.tags[name] for name in ("bundle.digest", "evaluation.digest")}
+        return {name: self.tags[name] for name in ("bundle.digest", "passport.digest")}
 
 
 def main(config: Config, stage: Stage) -> dict[str, Any]:
@@ -132,14 +132,14 @@ def _entry(stage: Stage, name: str, folder: str) -> Entry:
         measured = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error})") from error
-    if measured.get("bundle") != made.digest:
-        raise IntegrityError(f"{path} judged bundle {measured.get('bundle')}; {bundle} is {made.digest}")
+    if (found := judged.about["bundle"]) != made.digest:
+        raise IntegrityError(f"{evaluation} judged bundle {found}; {bundle} is {made.digest}")
     score = Score.of(measured | {"name": name}, str(path))
     lineage = ancestors(made)
     tags = {
         "bundle.digest": made.digest,
         "evaluation.digest": judged.digest,
-        "passport.digest": digest_of(measured.get("passport", {})),
+        "passport.digest": judged.about["passport"],
         **{tag: lineage[parent] for tag, parent in LINEAGE.items() if parent in lineage},
         **{tag: value for tag, value in stage.tracker.given.items() if tag in GIVEN},
         **score.tags(),

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -86,7 +87,13 @@ def run(name: str, config_type: type[C], main: Callable[[C, Stage], Mapping[str,
     """
     console = Console(stderr=True, soft_wrap=True)
     end_with_parent()  # a killed `dvc repro` leaves no writer behind
-    signal.signal(signal.SIGTERM, _on_terminate)
+    terminated = threading.Event()
+
+    def terminate(_signal: int, _frame: object) -> None:
+        terminated.set()
+        raise KeyboardInterrupt  # what Ray lets through; of a SystemExit it would forget the code
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         with _lock(name):
             _run(name, config_type, main, Path(out), kind, console)
@@ -95,7 +102,7 @@ def run(name: str, config_type: type[C], main: Callable[[C, Stage], Mapping[str,
         sys.exit(2)
     except KeyboardInterrupt:
         console.print(f"{name}: interrupted; run the same command again to go on")
-        sys.exit(130)
+        sys.exit(143 if terminated.is_set() else 130)
     except Exception:
         traceback.print_exc()
         sys.exit(1)
@@ -129,7 +136,7 @@ def _run(
         )
         tracker.tags({"output": out.as_posix(), "output.digest": sealed.digest})
         manifest.publish(draft, out)
-        _clear(stage.work)  # checkpoints are for going on after an interruption; this run is over
+        _close(stage.work, sealed)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -139,10 +146,12 @@ def _run(
         tracker.close(status)
 
 
-def _clear(folder: Path) -> None:
-    """Empty a folder if there is one; it stays, for DVC to find."""
-    for path in folder.glob("*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _close(work: Path, sealed: Manifest) -> None:
+    """Drop the checkpoints, which are for going on after an interruption, and leave word of what the run came to."""
+    if work.exists():
+        shutil.rmtree(work)
+        work.mkdir()
+        (work / "published").write_text(f"{sealed.digest}\n")
 
 
 def section(name: str) -> object:
@@ -201,7 +210,3 @@ def _identity() -> dict[str, str]:
     if lock.exists():
         tags["dvc.lock.digest"] = manifest.hash_file(lock)
     return tags | {"pipeline": manifest.digest_of([tags["git.commit"], tags["params.digest"]])}
-
-
-def _on_terminate(_signal: int, _frame: object) -> None:
-    sys.exit(143)

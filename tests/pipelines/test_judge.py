@@ -229,14 +229,15 @@ def test_evaluate_says_the_same_twice_and_what_it_depends_on(real: Real, teacher
     assert first == second
     assert first.keys() == {
         *("name", "metric", "distance_u", "distance_val_u", "unit", "accuracy", "calls", "seed", "count"),
-        *("by_calls", "bundle", "passport"),
+        "by_calls",
     }
     assert (first["name"], first["metric"], first["count"], first["calls"]) == ("teacher", real.ruler.name, 80, 4)
-    assert first["bundle"] == manifest.read(teacher).digest
-    default = build(Passport, first["passport"], "passport")
+    about = manifest.read(folder).about
+    default = build(Passport, json.loads((folder / "passport.json").read_text()), "passport")
+    assert default.bundle == about["bundle"] == manifest.read(teacher).digest
+    assert default.digest == about["passport"]
     assert default.sampling == Sampling(4)
     assert (default.ema, default.first_seed) == ("0.99", 0)
-    assert first["by_calls"]["4"]["passport"] == default.digest
     assert first["by_calls"]["4"]["distance_u"] == first["distance_u"]
     curve = json.loads((folder / "curve.json").read_text())
     assert (folder / "curve.json").read_bytes() == (again / "curve.json").read_bytes()
@@ -247,7 +248,11 @@ def test_evaluate_says_the_same_twice_and_what_it_depends_on(real: Real, teacher
     sheet = decode((folder / "grid.png").read_bytes(), 1)
     assert sheet.shape == (6 * (2 * SIZE + 4) + 4, 10 * (2 * SIZE + 4) + 4, 1)
     assert {call.args[1] for call in tracker.metrics.call_args_list} == {1, 3, 4}
-    assert [call.args[0].name for call in tracker.artifact.call_args_list] == ["metrics.json", "grid.png"]
+    assert [call.args[0].name for call in tracker.artifact.call_args_list] == [
+        "metrics.json",
+        "passport.json",
+        "grid.png",
+    ]
 
 
 def test_evaluate_refuses_a_bundle_of_other_pictures(real: Real) -> None:

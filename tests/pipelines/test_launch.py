@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -53,12 +54,16 @@ def address() -> Iterator[str]:
                     break
             yield f"127.0.0.1:{port}"
         finally:
-            head.terminate()
-            head.wait(30)
+            below = psutil.Process(head.pid).children(recursive=True)
+            for process in (head, *below):  # politely, it takes Ray half a minute
+                process.kill()
+            psutil.wait_procs(below)
+            head.wait()
 
 
 @pytest.fixture
-def cluster(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def cluster(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", address)
 
 
@@ -101,6 +106,7 @@ def stumble(folder: Path, device: str) -> tuple[int, int]:
     world, mark = World.current(), folder / "died"
     if world.rank == 1 and not mark.exists():
         mark.touch()
+        time.sleep(1)  # training is under way
         os.kill(os.getpid(), signal.SIGKILL)
     world.wait()
     return world.size, int(world.average(torch.tensor([float(world.rank)])).item() * 2)

@@ -71,11 +71,9 @@ def judged(models: dict[str, tuple[float, int]], **other: object) -> dict[str, s
             "accuracy": 0.98,
             "calls": calls,
             "seconds_per_image": 0.01,
-            "bundle": made.digest,
-            "passport": {"reference": "r"},
         }
         (evaluation / "metrics.json").write_text(json.dumps(measured | other))
-        manifest.seal(evaluation, "evaluation", {})
+        manifest.seal(evaluation, "evaluation", {"bundle": made.digest, "passport": f"{made.digest} {distance}"})
     return digests
 
 
@@ -143,8 +141,11 @@ def test_a_dearer_model_becomes_candidate_but_not_champion(root: Path, stage: St
 
 
 def test_an_evaluation_of_another_bundle_is_refused(root: Path, stage: Stage) -> None:
-    judged(GOOD, bundle="0" * 64)
-    with pytest.raises(IntegrityError, match="artifacts/evaluation/teacher/metrics.json"):
+    judged(GOOD)
+    swapped = Path(BUNDLES["teacher"])
+    (swapped / "denoiser.safetensors").write_bytes(b"other weights")
+    manifest.seal(swapped, "bundle", {})
+    with pytest.raises(IntegrityError, match="artifacts/evaluation/teacher judged bundle"):
         main(Config(), stage)
 
 
