@@ -54,7 +54,7 @@ class Noise:
 
     def __init__(self, seeds: int | Sequence[int] | Tensor, ids: Tensor | None = None, step: int = 0):
         seed = torch.as_tensor(seeds, dtype=torch.int64, device=None if ids is None else ids.device)
-        rows = ids if ids is not None else torch.zeros_like(seed)
+        rows = torch.zeros_like(seed.reshape(-1)) if ids is None else ids
         self.key = tuple((part.expand_as(rows) & MASK)[:, None] for part in (seed, seed >> 32))
         self.ids, self.step = rows[:, None] & MASK, step
 

@@ -79,3 +79,7 @@ def test_seeds_that_differ_only_above_32_bits_differ():
 def test_a_shape_is_only_a_shape():
     assert torch.equal(Noise([1, 2]).normal((2, 3)).flatten(1), Noise([1, 2]).normal((6,)))
     assert Noise([1, 2]).normal((3,)).dtype == torch.float32
+
+
+def test_one_seed_without_ids_is_one_row() -> None:
+    assert torch.equal(Noise(7).normal((3,)), Noise([7]).normal((3,)))
