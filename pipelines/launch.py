@@ -81,6 +81,8 @@ def train(loop: Callable[[C, str], R], config: C, cluster: Cluster) -> R:
             returned: R = trainer.fit().return_value
         except WorkerGroupError as error:
             raise next(iter(error.worker_failures.values())) from None
+        except SystemExit:  # Ray's answer to Ctrl-C, with exit code 0
+            raise KeyboardInterrupt from None
         finally:
             shutil.rmtree(storage, ignore_errors=True)
         return returned
