@@ -124,7 +124,8 @@ def _read(url: str, config: Config, judge: Judge, out: Path) -> dict[str, Any]:
     drawn = [_draw(url, label, config.seed + place) for place, label in enumerate(asked)]
     if _draw(url, asked[0], config.seed) != drawn[0]:
         raise GateError(f"{url} draws another picture for the same seed and model")
-    pixels = [images.decode(png, 1, origin=f"picture {place} of {url}") for place, png in enumerate(drawn)]
+    channels = card["channels"]
+    pixels = [images.decode(png, channels, origin=f"picture {place} of {url}") for place, png in enumerate(drawn)]
     read = judge.predict(images.to_tensor(pixels)).tolist()
     (out / "grid.png").write_bytes(images.encode_png(images.grid(np.stack(pixels), min(COLUMNS, len(pixels)))))
     right = sum(one == other for one, other in zip(asked, read, strict=True))

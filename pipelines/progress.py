@@ -62,16 +62,19 @@ class Bar:
 @contextmanager
 def follow(bar: Bar, journal: Path) -> Iterator[None]:
     """Move a bar to the newest step in a journal, and show the loss there, until the context ends."""
-    over = threading.Event()
+    over, offset = threading.Event(), journal.stat().st_size
+
+    def advance() -> None:
+        nonlocal offset
+        for line in read(journal, offset):
+            offset = line.end
+            if line.content is not None and line.content["kind"] == "metrics":
+                losses = [value for key, value in line.content["values"].items() if key.startswith("loss/")]
+                bar.to(line.content["step"], f"loss {losses[0]:.4f}" if losses else "")
 
     def watch() -> None:
-        offset = journal.stat().st_size
         while not over.wait(LOOK_EVERY):
-            for line in read(journal, offset):
-                offset = line.end
-                if line.content is not None and line.content["kind"] == "metrics":
-                    losses = [value for key, value in line.content["values"].items() if key.startswith("loss/")]
-                    bar.to(line.content["step"], f"loss {losses[0]:.4f}" if losses else "")
+            advance()
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -80,3 +83,4 @@ def follow(bar: Bar, journal: Path) -> Iterator[None]:
     finally:
         over.set()
         watcher.join()
+    advance()

@@ -190,6 +190,7 @@ def _card(generator: Generator) -> dict[str, Any]:
         "digest": model.digest,
         "classes": list(model.bundle.classes),
         "size": generator.size,
+        "channels": model.bundle.image_shape[0],
         "allowed_steps": sampling.allowed_steps,
         "sampling": {"steps": sampling.steps, "guidance": sampling.guidance},
     }

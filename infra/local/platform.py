@@ -22,16 +22,18 @@ import psutil
 
 from diffusion_core.errors import GateError, InkwellError, UnreachableError, suggest
 from diffusion_core.manifest import write_atomic
+from diffusion_core.spec import build
+from pipelines import deploy
 from pipelines.head import Ports, ray_head
 from pipelines.processes import Server, answers, end, living, server
 from pipelines.rollout import Place, rollout
+from pipelines.stage import section
 from pipelines.tracking.store import Address
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = ROOT / ".inkwell"
 WORD = STATE / "platform.json"
 FOLDER = STATE / "platform"  # logs and the token
-REFERENCE = "digits@champion"
 USUAL = {"mlflow": 5000, "serve": 8000, "dashboard": 8265, "gcs": 6379, "client": 10001, "agent": 52365}
 TRIES = 50  # ports above the usual one
 SLOTS = 4  # CPUs that Ray hands out at least: two training workers and what waits for them
@@ -166,9 +168,10 @@ def _serve(stack: ExitStack, word: Word) -> None:
     if database is not None:
         database.wait(lambda: answers(f"{mlflow}/health"), START)
     print(f"MLflow     {Address(mlflow)}", flush=True)
+    reference = build(deploy.Config, section("deploy"), "params.yaml: deploy").reference
     try:
-        served = rollout(Place(dashboard, word.serve, mlflow, STATE / "serving"), REFERENCE, SERVE)
-        print(f"Endpoint   {word.serve} serves {REFERENCE}, version {served['version']}", flush=True)
+        served = rollout(Place(dashboard, word.serve, mlflow, STATE / "serving"), reference, SERVE)
+        print(f"Endpoint   {word.serve} serves {reference}, version {served['version']}", flush=True)
     except GateError as error:
         print(f"Endpoint   {word.serve} serves nothing yet: {error}", flush=True)
     word = replace(word, ready=True)
