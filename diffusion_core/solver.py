@@ -114,9 +114,9 @@ class Multistep(Solver):
         if len(usable) == 1:  # what the network says, which needs no frame to be read in
             return pair, kept
         weights = mean_weights([place for place, _ in usable], now, then)
-        mean = sum(
-            (w * reading for w, (_, reading) in zip(weights[1:], usable[1:], strict=True)), weights[0] * usable[0][1]
-        )
+        mean = weights[0] * usable[0][1]
+        for weight, (_, reading) in zip(weights[1:], usable[1:], strict=True):
+            mean = mean + weight * reading
         return unmix(x, level.row, mean, frame), kept
 
 
