@@ -8,12 +8,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from diffusion_core import manifest
 from diffusion_core.codec import Codec
 from diffusion_core.denoiser import Denoiser, Label, Scale
-from diffusion_core.errors import IntegrityError
+from diffusion_core.errors import ConfigError, IntegrityError
 from diffusion_core.nets import NetSpec
 from diffusion_core.sampler import Sampling
 from diffusion_core.schedule import Schedule
@@ -37,17 +37,38 @@ class DenoiserSpec:
     scale: Scale
     label: Label
     first: float = 1.0
+    variance: Literal["fixed", "learned"] = "fixed"
 
     def build(self) -> Denoiser:
         """A denoiser with fresh weights."""
+        net = self.net
+        if self.variance == "learned":
+            net = net.extended(out_channels=2 * self.channels)
         return Denoiser(
-            self.net.build(), self.schedule, self.target, scale=self.scale, label=self.label, first=self.first
+            net.build(),
+            self.schedule,
+            self.target,
+            scale=self.scale,
+            label=self.label,
+            first=self.first,
+            variance=self.variance,
         )
+
+    @property
+    def channels(self) -> int:
+        """How many channels are diffused; raises ConfigError for a network that does not say."""
+        channels = dict(self.net.keywords).get("channels")
+        if not isinstance(channels, int):
+            raise ConfigError(f"net '{self.net.kind}' lacks channels")
+        return channels
 
 
 @dataclass
 class Bundle:
-    """A model ready to make pictures: modules in eval mode, defaults, class names and picture shape (C, H, W)."""
+    """A model ready to make pictures: modules in eval mode, defaults, class names and picture shape (C, H, W).
+
+    Raises ConfigError for a codec and a denoiser of different channels.
+    """
 
     codec: Codec
     codec_spec: CodecSpec
@@ -57,6 +78,13 @@ class Bundle:
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
     about: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.denoiser_spec.channels != self.latent_shape[0]:
+            raise ConfigError(
+                f"the denoiser takes {self.denoiser_spec.channels} channels; the codec '{self.codec_spec.kind}' makes "
+                f"{self.latent_shape[0]} of pictures of {self.image_shape[0]}"
+            )
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

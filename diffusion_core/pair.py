@@ -12,35 +12,40 @@ one parameterization into another by a formula of its own.
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
 class Row(NamedTuple):
-    """The coefficients of one reading: numbers, or float64 tensors of shape (B,) with one row a sample."""
+    """The coefficients of one reading: float64 tensors of shape () or (B,), one row a sample."""
 
     a: Tensor
     b: Tensor
 
 
+class Numbers(NamedTuple):
+    """The coefficients of one reading shared by all samples, as plain numbers: what grids and tables are made of."""
+
+    a: float
+    b: float
+
+
 class Pair(NamedTuple):
-    """What is read: the clean sample and the noise, both (B, ...)."""
+    """What is read: the clean sample and the noise, both (B, ...).
+
+    `spread` in [0, 1], where a network learns it, says where the log-variance of a step back lies between its bounds.
+    """
 
     x0: Tensor
     eps: Tensor
+    spread: Tensor | None = None
 
 
-def row(a: float, b: float) -> Row:
-    """A row of two plain numbers, as float64 scalars."""
-    return Row(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64))
-
-
-def mix(pair: Pair, at: Row) -> Tensor:
+def mix(pair: Pair, at: Row | Numbers) -> Tensor:
     """Read the pair at row `at`: a·x₀ + b·ε, in the dtype of the pair."""
     return _as(at.a, pair.x0) * pair.x0 + _as(at.b, pair.x0) * pair.eps
 
 
-def unmix(x: Tensor, at: Row, y: Tensor, of: Row) -> Pair:
+def unmix(x: Tensor, at: Row | Numbers, y: Tensor, of: Row | Numbers) -> Pair:
     """The pair that reads `x` at row `at` and `y` at row `of`; the rows must be independent."""
     det = determinant(at, of)
     x0 = _as(of.b / det, x) * x - _as(at.b / det, x) * y
@@ -48,12 +53,19 @@ def unmix(x: Tensor, at: Row, y: Tensor, of: Row) -> Pair:
     return Pair(x0, eps)
 
 
-def determinant(at: Row, of: Row) -> Tensor:
+def determinant(at: Row | Numbers, of: Row | Numbers) -> Tensor | float:
     """How independent two readings are; zero when one tells nothing beyond the other."""
     return at.a * of.b - at.b * of.a
 
 
-def _as(coefficient: Tensor, like: Tensor) -> Tensor:
+def plain(at: Row) -> Numbers:
+    """A row of scalars as plain numbers."""
+    return Numbers(at.a.item(), at.b.item())
+
+
+def _as(coefficient: Tensor | float, like: Tensor) -> Tensor | float:
     """A coefficient, computed in float64, in the dtype and place of the tensor it scales, one a sample."""
+    if not isinstance(coefficient, Tensor):
+        return coefficient
     cast = coefficient.to(like.device, like.dtype)
     return cast.reshape(cast.shape + (1,) * (like.ndim - cast.ndim)) if cast.ndim else cast

@@ -7,17 +7,39 @@ All times and rows are float64: a network's dtype must never touch the coefficie
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import jvp
 
 from diffusion_core.errors import ConfigError
-from diffusion_core.pair import Row
+from diffusion_core.pair import Numbers, Row, plain
 from diffusion_core.spec import Kind
 
 BISECTIONS = 80
+
+
+class Level(NamedTuple):
+    """A place on a grid: the time by which the denoiser knows it and the row of the sample there, as plain numbers."""
+
+    t: float
+    row: Numbers
+
+    @property
+    def clean(self) -> bool:
+        """Whether no noise is left."""
+        return self.row.b == 0
+
+    @property
+    def log_snr(self) -> float:
+        """λ = 2 ln(α/σ); +inf for a clean level, -inf for pure noise."""
+        return 2 * (_log(self.row.a) - _log(self.row.b))
+
+
+CLEAN = Level(0.0, Numbers(1.0, 0.0))  # the picture itself, whether or not a schedule reaches it
 
 
 class Schedule(Kind):
@@ -36,6 +58,15 @@ class Schedule(Kind):
         t = t.double()
         return Row(self.alpha(t), self.sigma(t))
 
+    def level(self, t: float) -> Level:
+        """The level at time t as plain numbers."""
+        return Level(t, plain(self(torch.tensor(t, dtype=torch.float64))))
+
+    def levels(self, times: Sequence[float]) -> tuple[Level, ...]:
+        """The levels at some times as plain numbers."""
+        rows = self(torch.tensor(times, dtype=torch.float64))
+        return tuple(Level(*at) for at in zip(times, map(Numbers, rows.a.tolist(), rows.b.tolist()), strict=True))
+
     def rate(self, t: Tensor) -> Row:
         """(α', σ') at time t, by forward-mode autodiff."""
         t = t.double().contiguous()  # forward-mode autodiff refuses an expanded scalar
@@ -43,13 +74,20 @@ class Schedule(Kind):
         return Row(rates[0], rates[1])
 
     def time(self, level_log_snr: Tensor) -> Tensor:
-        """The time with this log-SNR; values outside the schedule's range give the nearest end."""
+        """The time with this log-SNR; values outside the schedule's range give the nearest end.
+
+        Schedules whose noise explodes have no noisy end: there the time goes on beyond 1.
+        """
         low, high = torch.zeros_like(level_log_snr), torch.ones_like(level_log_snr)
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             noisier = log_snr(self(middle)) > level_log_snr
             low, high = torch.where(noisier, middle, low), torch.where(noisier, high, middle)
         return (low + high) / 2
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf
 
 
 def log_snr(level: Row) -> Tensor:
@@ -78,6 +116,14 @@ class VP(Schedule):
 
     def sigma(self, t: Tensor) -> Tensor:
         return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
+
+
+@dataclass(frozen=True)
+class SubVP(VP):
+    """VP's signal with less noise, σ = 1 - α² (Song et al. 2021, eq. 29)."""
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return -torch.expm1(2 * self._log_alpha(t))
 
 
 @dataclass(frozen=True)
@@ -118,6 +164,33 @@ class VE(Schedule):
 
     def sigma(self, t: Tensor) -> Tensor:
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** t
+
+    def time(self, level_log_snr: Tensor) -> Tensor:
+        grown = -level_log_snr / 2 - math.log(self.sigma_min)
+        return (grown / math.log(self.sigma_max / self.sigma_min)).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class Edm(VE):
+    """α = 1 and σ even in its power 1/rho (Karras et al. 2022, arXiv 2206.00364, eq. 5): a uniform grid is Karras'."""
+
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rho <= 0:
+            raise ConfigError(f"rho {self.rho}: a number above 0 is wanted")
+
+    def _ends(self) -> tuple[float, float]:
+        return self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        low, high = self._ends()
+        return (low + t * (high - low)) ** self.rho
+
+    def time(self, level_log_snr: Tensor) -> Tensor:
+        low, high = self._ends()
+        return (((-level_log_snr / 2 / self.rho).exp() - low) / (high - low)).clamp_min(0)
 
 
 @dataclass(frozen=True)

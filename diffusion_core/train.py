@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from diffusion_core.errors import ConfigError
 from diffusion_core.noise import Noise
 from diffusion_core.objective import Batch, Objective
 from diffusion_core.parallel import World
+from diffusion_core.precision import Pace, in_channels_last, quickest
 
 Batches = Callable[[int], Batch]
 
@@ -33,7 +35,7 @@ class Plan:
     weight_decay: float = 0.0
     clip: float = 1.0
     ema: float = 0.999
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
     log_every: int = 12_800
     checkpoint_every: int = 128_000
     seed: int = 0
@@ -94,13 +96,18 @@ def fit(
     """
     state, world = state or begin(objective, plan), world or World.current()
     device = next(next(iter(objective.modules.values())).parameters()).device
+    pace = None if plan.precision == "auto" else Pace(plan.precision == "bf16")
     since, begun = _Means(world), time.monotonic()
     log_steps, keep_steps = (max(1, every // plan.batch) for every in (plan.log_every, plan.checkpoint_every))
     while state.step < plan.steps:
         step = state.step
         batch = batches(step)
         noise = Noise(plan.seed, batch.ids, step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
+        if pace is None:
+            pace = quickest(device, partial(_first_loss, objective, batch, step, noise))
+            if pace.channels_last:
+                in_channels_last(objective.modules.values())
+        with torch.autocast(device.type, torch.bfloat16, enabled=pace.bf16):
             for name, loss in objective.losses(batch, step, noise):
                 norm = _update(objective.modules[name], state.optimizers[name], loss, plan, step, world)
                 state.emas[name].update(objective.modules[name])
@@ -116,6 +123,10 @@ def fit(
         if state.step % keep_steps == 0 and state.step < plan.steps:
             on_checkpoint(state)
     return state
+
+
+def _first_loss(objective: Objective, batch: Batch, step: int, noise: Noise) -> object:
+    return next(iter(objective.losses(batch, step, noise)))
 
 
 def _update(

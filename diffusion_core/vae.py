@@ -1,4 +1,9 @@
-"""The KL autoencoder (Kingma and Welling 2014, arXiv 1312.6114; as codec: Rombach et al. 2022, arXiv 2112.10752)."""
+"""KL autoencoders (Kingma and Welling 2014, arXiv 1312.6114; as codecs: Rombach et al. 2022, arXiv 2112.10752).
+
+The encoder says μ(x) and ln σ²(x) of a Gaussian, the decoder makes a picture of one draw from it; both are trained by
+
+    |x - decode(μ + σε)|² + kl · KL(N(μ, σ²) ‖ N(0, 1)),   ε ~ N(0, 1)
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Self
@@ -9,37 +14,35 @@ from torch import Tensor, nn
 
 from diffusion_core.codec import Codec, Moments, Pixel
 from diffusion_core.errors import ConfigError
+from diffusion_core.nets.autoencoder import Decoder, Encoder, Residual
 from diffusion_core.noise import Noise
 from diffusion_core.objective import Batch, Objective
 from diffusion_core.spec import Blueprint
 
 
-class KlVae(Codec):
-    """A convolutional autoencoder whose latent is a Gaussian; each of `widths` after the first halves the side.
+class KlCodec(Codec):
+    """A codec whose raw latent is a Gaussian, N(mean, exp(log-variance)), that the encoder gives in one tensor.
 
-    The latent is shifted and scaled to zero mean and unit variance by two numbers a channel, recorded as
-    buffers by `normalize` after training.
+    The latent is shifted and scaled to zero mean and unit variance by two numbers a channel, z = (raw - shift) * scale,
+    recorded as buffers by `normalize` after training.
     """
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, channels: int, latent: int = 4, widths: tuple[int, ...] = (32, 64, 96)):
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, *, channels: int, latent: int, factor: int):
         super().__init__()
-        self.latent, self.factor = latent, 2 ** (len(widths) - 1)
-        down: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1)]
-        for inner, outer in zip(widths, widths[1:], strict=False):
-            down += [Residual(inner), nn.Conv2d(inner, outer, 4, stride=2, padding=1)]
-        up: list[nn.Module] = [nn.Conv2d(latent, widths[-1], 3, padding=1)]
-        for outer, inner in zip(widths[::-1], widths[-2::-1], strict=False):
-            up += [Residual(outer), nn.ConvTranspose2d(outer, inner, 4, stride=2, padding=1)]
-        self.encoder = nn.Sequential(*down, Residual(widths[-1]), nn.Conv2d(widths[-1], 2 * latent, 3, padding=1))
-        self.decoder = nn.Sequential(*up, Residual(widths[0]), nn.Conv2d(widths[0], channels, 3, padding=1))
+        self.channels, self.latent, self.factor = channels, latent, factor
+        self.encoder, self.decoder = encoder, decoder
         self.register_buffer("shift", torch.zeros(latent, 1, 1))
         self.register_buffer("scale", torch.ones(latent, 1, 1))
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance (B, c, h, w) of the raw latent, before shift and scale."""
+        """Mean and log-variance (B, c, h, w) of the raw latent, before shift and scale.
+
+        Raises ConfigError for pictures whose channels or sides the codec cannot take.
+        """
+        self.latent_shape(x.shape[1:])
         mean, log_var = self.encoder(x).chunk(2, 1)
         return mean, log_var.clamp(-30, 20)
 
@@ -48,6 +51,8 @@ class KlVae(Codec):
         return Moments((mean - self.shift) * self.scale, (log_var / 2).exp() * self.scale)
 
     def decode(self, z: Tensor) -> Tensor:
+        if z.shape[1] != self.latent:
+            raise ConfigError(f"latents of {z.shape[1]} channels; the codec's have {self.latent}")
         return self.reconstruct(z / self.scale + self.shift)
 
     def reconstruct(self, raw: Tensor) -> Tensor:
@@ -56,7 +61,9 @@ class KlVae(Codec):
         return decoded
 
     def latent_shape(self, image_shape: Sequence[int]) -> tuple[int, int, int]:
-        _, height, width = image_shape
+        channels, height, width = image_shape
+        if channels != self.channels:
+            raise ConfigError(f"pictures of {channels} channels; the codec takes {self.channels}")
         if height % self.factor or width % self.factor:
             raise ConfigError(f"pictures of {height}x{width} cannot be divided by {self.factor}, the codec's factor")
         return self.latent, height // self.factor, width // self.factor
@@ -73,29 +80,74 @@ class KlVae(Codec):
         self.scale.copy_((mean.var(axes) + std.square().mean(axes)).rsqrt()[:, None, None])
 
 
-class Residual(nn.Module):
-    """Two normalized convolutions added to their input."""
+class KlVae(KlCodec):
+    """A small convolutional autoencoder; each of `widths` after the first halves the side.
 
-    def __init__(self, width: int):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.GroupNorm(8, width),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(8, width),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
+    Raises ConfigError for widths that 8, the groups of its norms, does not divide.
+    """
+
+    def __init__(self, channels: int, latent: int = 4, widths: tuple[int, ...] = (32, 64, 96)):
+        _check_sizes(channels, latent, widths, groups=8)
+        down: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1)]
+        for inner, outer in zip(widths, widths[1:], strict=False):
+            down += [Residual(inner), nn.Conv2d(inner, outer, 4, stride=2, padding=1)]
+        up: list[nn.Module] = [nn.Conv2d(latent, widths[-1], 3, padding=1)]
+        for outer, inner in zip(widths[::-1], widths[-2::-1], strict=False):
+            up += [Residual(outer), nn.ConvTranspose2d(outer, inner, 4, stride=2, padding=1)]
+        super().__init__(
+            nn.Sequential(*down, Residual(widths[-1]), nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)),
+            nn.Sequential(*up, Residual(widths[0]), nn.Conv2d(widths[0], channels, 3, padding=1)),
+            channels=channels,
+            latent=latent,
+            factor=2 ** (len(widths) - 1),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        changed: Tensor = x + self.body(x)
-        return changed
+
+class LdmVae(KlCodec):
+    """The autoencoder of latent diffusion (Rombach et al. 2022, appendix G); each of `widths` after the first halves.
+
+    `depth` residuals a level in the encoder and one more in the decoder, norms of `groups` groups, `attention` in the
+    middle, 1x1 convolutions after the encoder (`quant`) and before the decoder (`post_quant`); `checkpointing` trades
+    a second forward pass for the memory of activations. Raises ConfigError for widths that `groups` does not divide.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        latent: int = 4,
+        widths: tuple[int, ...] = (128, 256, 512, 512),
+        depth: int = 2,
+        groups: int = 32,
+        attention: bool = True,
+        quant: bool = True,
+        post_quant: bool = True,
+        checkpointing: bool = False,
+    ):
+        _check_sizes(channels, latent, widths, groups)
+        if depth < 1:
+            raise ConfigError(f"depth {depth}: at least 1 residual a level is wanted")
+        super().__init__(
+            Encoder(channels, latent, widths, depth, groups, attention, quant, checkpointing),
+            Decoder(channels, latent, widths, depth, groups, attention, post_quant, checkpointing),
+            channels=channels,
+            latent=latent,
+            factor=2 ** (len(widths) - 1),
+        )
+
+
+def _check_sizes(channels: int, latent: int, widths: tuple[int, ...], groups: int) -> None:
+    if min(channels, latent, groups) < 1:
+        raise ConfigError(f"channels {channels}, latent {latent}, groups {groups}: each is at least 1")
+    if not widths or any(width < 1 or width % groups for width in widths):
+        raise ConfigError(
+            f"widths {list(widths)}: at least one is wanted, each a multiple of {groups}, the norm groups"
+        )
 
 
 class VaeLoss(Objective):
     """Squared error plus `kl` times the divergence from a standard normal, both a pixel of the picture."""
 
-    def __init__(self, vae: KlVae, kl: float):
+    def __init__(self, vae: KlCodec, kl: float):
         if kl < 0:
             raise ConfigError(f"kl {kl}: a weight of 0 or more is wanted")
         self.vae, self.kl = vae, kl
@@ -116,7 +168,7 @@ def kl_divergence(mean: Tensor, log_var: Tensor) -> Tensor:
 class CodecSpec(Blueprint):
     """A codec not yet built."""
 
-    known: ClassVar[Mapping[str, type]] = {"pixel": Pixel, "kl_vae": KlVae}
+    known: ClassVar[Mapping[str, type]] = {"pixel": Pixel, "kl_vae": KlVae, "ldm_vae": LdmVae}
 
     def shaped(self, channels: int) -> Self:
         """The same codec for pictures of so many channels."""

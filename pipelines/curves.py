@@ -49,7 +49,7 @@ def candidates(defaults: Sampling, calls: int, solvers: Sequence[Solver]) -> tup
         replace(defaults, solver=solver, steps=n)
         for solver in dict.fromkeys((defaults.solver, *solvers))
         for n in steps
-        if n > 1 or solver == defaults.solver
+        if solver == defaults.solver or n > 1 and n >= solver.fewest_steps
     ]
     found = tuple(sampling for sampling in tried if sampling.calls == calls)
     if not found:

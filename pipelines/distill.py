@@ -11,7 +11,8 @@ from diffusion_core.distill.consistency import Consistency, ConsistencyDistillat
 from diffusion_core.distill.progressive import Progressive
 from diffusion_core.errors import ConfigError
 from diffusion_core.objective import Objective
-from diffusion_core.sampler import Full, Sampling
+from diffusion_core.renoise import Full
+from diffusion_core.sampler import Sampling
 from diffusion_core.train import Plan
 from diffusion_core.weighting import Weight
 from pipelines import launch

@@ -10,7 +10,7 @@ from diffusion_core import bundle
 from diffusion_core.codec import Codec, Moments
 from diffusion_core.images import encode_png, grid, to_pixels
 from diffusion_core.train import Plan
-from diffusion_core.vae import CodecSpec, KlVae, VaeLoss
+from diffusion_core.vae import CodecSpec, KlCodec, VaeLoss
 from pipelines.data.reader import Pictures
 from pipelines.fitting import Place, initialize, resume_and_fit
 from pipelines.stage import Stage, run
@@ -36,14 +36,14 @@ def main(config: Config, stage: Stage) -> dict[str, Any]:
     codec_spec = config.codec.shaped(channels=train.shape[0])
     initialize(config.plan.seed)
     codec: Codec = codec_spec.build()
-    if isinstance(codec, KlVae):
+    if isinstance(codec, KlCodec):
         _train(codec, train, config, stage)
     psnr = _reconstruct(codec.eval(), held_out, stage)
     bundle.save_codec(codec, codec_spec, stage.out)
     return {"latent_shape": list(codec.latent_shape(train.shape)), "psnr": psnr, "classes": data.about["classes"]}
 
 
-def _train(codec: KlVae, train: Pictures, config: Config, stage: Stage) -> None:
+def _train(codec: KlCodec, train: Pictures, config: Config, stage: Stage) -> None:
     place = Place(stage.work, stage.tracker.journal, stage.identity(config))
     with stage.following("images seen", config.plan.images):
         averages = resume_and_fit(VaeLoss(codec, config.kl), train, config.plan, place, "cpu")

@@ -73,7 +73,7 @@ class ConsistencyDistillation(Objective):
         level, to = schedule(t), schedule(s)
         pair = self.teacher(x, t, cond)
         there = self.teacher(mix(pair, to), s, cond)
-        told = determinant(to, self.teacher.target(schedule, s))
+        told = torch.as_tensor(determinant(to, self.teacher.target(schedule, s)))
         readable = (told.isfinite() & (told != 0)).reshape(-1, 1, 1, 1)
         second = torch.where(readable, mix(there, frame), mix(pair, frame))
         return mix(unmix(x, level, (mix(pair, frame) + second) / 2, frame), to)

@@ -40,7 +40,7 @@ class Progressive(Objective):
             wanted = unmix(x, level, landed, to)
         said = target(schedule, t)
         error = (mix(self.student(x, t, cond), said) - mix(wanted, said)).square().flatten(1).mean(1)
-        yield "student", (self.weight(level, said).to(error) * error).mean()
+        yield "student", (self.weight(schedule, t, said).to(error) * error).mean()
 
 
 def draw_interval(noise: Noise, intervals: int, first: float) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """Denoisers in closed form: what a perfect network would say about data of a known law. No training, no solver.
 
-Data are N(m, s²) or a mixture of such; the noisy sample αx₀ + σε then has a known density, so posterior mean,
-score and (for one Gaussian) the probability-flow map are formulas. Everything is float64 and written from the
-definitions: nothing here calls the algebra under test.
+Data are Gaussian, a mixture of Gaussians, or either as it is once something of it was seen; the noisy sample
+αx₀ + σε then has a known density, so posterior mean, score, guided score and the probability flow are formulas.
+A law's `level` is (α, σ), as plain numbers or one a sample. Everything is float64 and written from the definitions:
+nothing here calls the algebra under test.
 """
 
 import math
@@ -12,13 +13,24 @@ import torch
 from torch import nn
 
 from diffusion_core.denoiser import Denoiser, Time, UnitVariance
+from diffusion_core.discrete import ScaledLinearBetas
+from diffusion_core.grid import Uniform
 from diffusion_core.pair import Pair
 from diffusion_core.schedule import Cosine
 from diffusion_core.target import Target
 
-EXAMPLES = {"shifted": {"inner": Cosine(), "factor": 3.0}}
-PURE_NOISE = {"cosine", "linear", "shifted"}  # schedules that end without any signal
+EXAMPLES = {
+    "shifted": {"inner": Cosine(), "factor": 3.0},
+    "tabulated": {"betas": tuple(0.001 + 0.00004 * i for i in range(400))},
+    "zero_terminal": {"inner": ScaledLinearBetas()},
+    "given": {"at": (0.9, 0.5, 0.2)},
+    "resampled": {"inner": Uniform(), "jump": 2, "repeats": 3},
+}
+PURE_NOISE = {"cosine", "cosine_betas", "linear", "shifted", "zero_terminal"}  # schedules that end without any signal
 BLIND = {"eps", "score"}  # targets that say nothing of the picture in pure noise
+CLEAN = 1.0, 0.0  # the level of the picture itself
+HALVINGS = 100  # more than the digits of a double
+FAR = 40.0  # standard deviations beyond which a Gaussian is nothing
 
 
 def one_of_each(family):
@@ -31,23 +43,52 @@ def time(*values):
 
 
 def per_sample(number, like):
-    return number.reshape(number.shape + (1,) * (like.ndim - number.ndim)) if number.ndim else number
+    """A plain number, or one a sample in the shape of what it scales."""
+    if not isinstance(number, torch.Tensor) or not number.ndim:
+        return number
+    return number.reshape(number.shape + (1,) * (like.ndim - number.ndim))
+
+
+class Law:
+    """What follows from the probability flow, however it is known."""
+
+    def clean(self, x, at):
+        """The exact consistency function: where the flow ends, and the noise that goes with it."""
+        x0 = self.flow(x, at, CLEAN)
+        return Pair(x0, (x - per_sample(at[0], x) * x0) / per_sample(at[1], x))
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """Data Σ wᵢ N(mᵢ, s²), each pixel alike and on its own; a label picks one component, -1 or None all."""
+class Mixture(Law):
+    """Data Σ wᵢ N(mᵢ, s²), each pixel alike and on its own; a label picks one component, -1 or None all.
 
-    means: tuple[float, ...] = (-1.0, 1.5)
-    weights: tuple[float, ...] = (0.3, 0.7)
+    Means and weights are numbers, or tensors where pixels differ.
+    """
+
+    means: tuple[float | torch.Tensor, ...] = (-1.0, 1.5)
+    weights: tuple[float | torch.Tensor, ...] = (0.3, 0.7)
     std: float = 0.4
+
+    def _noisy(self, level, x):
+        """Means and the variance, the same of all, of the components of the noisy sample."""
+        a, b = (per_sample(part, x) for part in level)
+        return [a * mean for mean in self.means], (a * self.std) ** 2 + b**2
+
+    def _parts(self, x, level):
+        """ln wᵢN(x; αmᵢ, α²s² + σ²) of each component, on a last axis."""
+        means, var = self._noisy(level, x)
+        constant = torch.log(2 * math.pi * torch.as_tensor(var, dtype=torch.float64)) / 2
+        logs = [torch.as_tensor(weight, dtype=torch.float64).log() for weight in self.weights]
+        parts = [log - constant - (x - mean) ** 2 / (2 * var) for log, mean in zip(logs, means, strict=True)]
+        return torch.stack(parts, -1)
+
+    def log_density(self, x, level):
+        """ln p(x) of the noisy sample, pixel by pixel."""
+        return self._parts(x, level).logsumexp(-1)
 
     def responsibilities(self, x, level, labels=None):
         """p(component | x), with a last axis over components; a label makes it certain."""
-        a, b = (per_sample(part, x) for part in level)
-        var = (a * self.std) ** 2 + b**2
-        logits = [math.log(w) - (x - a * m) ** 2 / (2 * var) for m, w in zip(self.means, self.weights, strict=True)]
-        found = torch.stack(logits, -1).softmax(-1)
+        found = self._parts(x, level).softmax(-1)
         if labels is None:
             return found
         certain = torch.eye(len(self.means), dtype=x.dtype)[labels.clamp_min(0)]
@@ -56,35 +97,103 @@ class Mixture:
 
     def score(self, x, level, labels=None):
         """∇ log p(x) by the density of each component."""
-        a, b = (per_sample(part, x) for part in level)
-        slopes = torch.stack([(a * m - x) / ((a * self.std) ** 2 + b**2) for m in self.means], -1)
+        means, var = self._noisy(level, x)
+        slopes = torch.stack([(mean - x) / var for mean in means], -1)
         return (self.responsibilities(x, level, labels) * slopes).sum(-1)
+
+    def guided_score(self, x, level, labels, scale):
+        """Classifier-free guidance in score, s + w·(s(label) - s): 0 is unconditional, 1 conditional."""
+        free = self.score(x, level)
+        return free + scale * (self.score(x, level, labels) - free)
 
     def pair(self, x, level, labels=None):
         """E[x₀ | x] by Gaussian conditioning in each component, and E[ε | x] = -σ·score."""
         a, b = (per_sample(part, x) for part in level)
-        gain = a * self.std**2 / ((a * self.std) ** 2 + b**2)
-        inside = torch.stack([m + gain * (x - a * m) for m in self.means], -1)
+        means, var = self._noisy(level, x)
+        gain = a * self.std**2 / var
+        inside = torch.stack([m + gain * (x - mean) for m, mean in zip(self.means, means, strict=True)], -1)
         return Pair((self.responsibilities(x, level, labels) * inside).sum(-1), -b * self.score(x, level, labels))
+
+    def flow(self, x, at, to):
+        """Where the probability flow carries x: in one dimension paths cannot cross, so quantiles stay quantiles.
+
+        The quantile is counted from the nearer tail, where it keeps its digits, and found again by bisection.
+        """
+
+        def tail(y, level, side):
+            means, var = self._noisy(level, y)
+            parts = zip(self.weights, means, strict=True)
+            return sum(
+                w / 2 * torch.erfc(side * (mean - y) / (2 * var) ** 0.5) for w, mean in parts
+            )  # not ndtr: 1 + erf
+
+        side = torch.where(tail(x, at, 1.0) < 0.5, 1.0, -1.0).to(x)
+        wanted = tail(x, at, side)
+        means, var = self._noisy(to, x)
+        high = sum(abs(mean) for mean in means) + FAR * var**0.5 + torch.zeros_like(x)
+        low = -high
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            short = side * (tail(middle, to, side) - wanted) < 0
+            low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+        return (low + high) / 2
+
+    def observed(self, y, std):
+        """The law of the data once y = x₀ + std·n was seen, pixel by pixel: a mixture again."""
+        var = 1 / (1 / self.std**2 + 1 / std**2)
+        means = tuple(var * (mean / self.std**2 + y / std**2) for mean in self.means)
+        weights = self._parts(y, (1.0, std)).softmax(-1).unbind(-1)
+        return Mixture(means, weights, var**0.5)
 
 
 class Gaussian(Mixture):
-    """Data N(mean, std²), for which the probability flow is known."""
+    """Data N(mean, std²), whose probability flow keeps the standardized coordinate."""
 
     def __init__(self, mean=0.7, std=0.4):
         super().__init__((mean,), (1.0,), std)
 
     def flow(self, x, at, to):
-        """Where the probability flow carries x: the standardized coordinate is constant along it."""
-        (mean,) = self.means
-        (a, b), (c, d) = ([per_sample(part, x) for part in level] for level in (at, to))
-        spread = torch.sqrt(((c * self.std) ** 2 + d**2) / ((a * self.std) ** 2 + b**2))
-        return c * mean + spread * (x - a * mean)
+        ((start,), var), ((end,), end_var) = self._noisy(at, x), self._noisy(to, x)
+        return end + (end_var / var) ** 0.5 * (x - start)
 
-    def clean(self, x, at):
-        """The exact consistency function: where the flow ends, and the noise that goes with it."""
-        x0 = self.flow(x, at, (time(1.0), time(0.0)))
-        return Pair(x0, (x - per_sample(at[0], x) * x0) / per_sample(at[1], x))
+
+class LinearGaussian(Law):
+    """Data N(mean, covariance) of whole pictures, flattened to (B, d); every axis of the covariance is on its own."""
+
+    def __init__(self, mean, covariance):
+        self.mean, self.covariance = mean, covariance
+        self.spread, self.axes = torch.linalg.eigh(covariance)
+
+    def given(self, matrix, y, std):
+        """The law once y = matrix·x₀ + std·n was seen: Gaussian conditioning."""
+        seen = matrix @ self.covariance
+        gain = torch.linalg.solve(seen @ matrix.T + std**2 * torch.eye(len(y), dtype=y.dtype), seen).T
+        return LinearGaussian(self.mean + gain @ (y - matrix @ self.mean), self.covariance - gain @ seen)
+
+    def _along(self, x, level):
+        """α and σ, the sample's place along each axis and its variance there."""
+        a, b = (per_sample(part, x) for part in level)
+        return a, b, (x - a * self.mean) @ self.axes, a**2 * self.spread + b**2
+
+    def log_density(self, x, level):
+        """ln p(x) of whole pictures (B,)."""
+        _, _, place, var = self._along(x, level)
+        return -(place**2 / var + torch.log(2 * math.pi * var)).sum(1) / 2
+
+    def score(self, x, level):
+        _, _, place, var = self._along(x, level)
+        return -(place / var) @ self.axes.T
+
+    def pair(self, x, level):
+        """E[x₀ | x] = m + αC(α²C + σ²)⁻¹(x - αm), and E[ε | x] = -σ·score."""
+        a, b, place, var = self._along(x, level)
+        return Pair(self.mean + (a * self.spread / var * place) @ self.axes.T, -b * self.score(x, level))
+
+    def flow(self, x, at, to):
+        """The standardized coordinate along each axis stays."""
+        _, _, place, var = self._along(x, at)
+        c, d = (per_sample(part, x) for part in to)
+        return c * self.mean + (torch.sqrt((c**2 * self.spread + d**2) / var) * place) @ self.axes.T
 
 
 def slope(function, t, h=2e-4):

@@ -12,7 +12,7 @@ from tests.core.oracle import BLIND, PURE_NOISE, Gaussian, Mixture, one_of_each,
 
 SCHEDULES, TARGETS, SCALES = one_of_each(Schedule), one_of_each(Target), one_of_each(Scale)
 MIXED = Mixture()
-T = time(0.02, 0.3, 0.5, 0.8, 0.97, 1.0)
+T = time(0.0205, 0.3005, 0.5005, 0.8005, 0.9705, 1.0)  # between the steps of a chain, where slopes are defined
 
 
 def noisy(schedule, t, seed=0):
@@ -26,12 +26,13 @@ def noisy(schedule, t, seed=0):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_is_the_posterior_mean(schedule, target, scale):
     blind = schedule in PURE_NOISE and target in BLIND
-    schedule, t = SCHEDULES[schedule], T[:-1] if blind else T
+    by_step = schedule.endswith("betas")  # a chain has no slope at its end
+    schedule, t = SCHEDULES[schedule], T[:-1] if blind or by_step else T
     denoiser = perfect(MIXED, schedule, target, scale=SCALES[scale], first=0.97 if blind else 1.0)
     x, level = noisy(schedule, t)
     labels = torch.tensor([-1, 0, 1, -1, 1, 0])[: len(t)]
     for cond, wanted in ((None, MIXED.pair(x, level)), ({"label": labels}, MIXED.pair(x, level, labels))):
-        for found, part in zip(denoiser(x, t, cond), wanted, strict=True):
+        for found, part in zip(denoiser(x, t, cond)[:2], wanted[:2], strict=True):
             torch.testing.assert_close(found, part, rtol=1e-7, atol=1e-7)
 
 
@@ -74,7 +75,7 @@ def test_algebra_is_float32_and_a_scalar_time_is_the_same_for_all():
 
     x = torch.randn(3, 1, 2, 2)
     pair = Denoiser(Half(), Linear(), X0())(x, time(0.5))
-    assert {part.dtype for part in pair} == {torch.float32}
+    assert {part.dtype for part in pair[:2]} == {torch.float32}
     many = perfect(Gaussian(), Linear(), "v")(x.double(), time(0.5, 0.5, 0.5))
     assert torch.equal(many.x0, perfect(Gaussian(), Linear(), "v")(x.double(), time(0.5)).x0)
 
@@ -85,7 +86,8 @@ def test_the_network_is_told_a_small_finite_number_everywhere(schedule):
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
     for label in one_of_each(Label).values():
         told = label(schedule(t), t)
-        assert told.isfinite().all() and told.abs().max() <= 3 and (told.diff() >= 0).all()
+        assert told.isfinite().all() and (told.diff() >= 0).all()
+        assert told.abs().max() <= getattr(label, "count", 3)
 
 
 def test_no_class_is_minus_one():

@@ -7,10 +7,11 @@ from torch import nn
 from diffusion_core.distill.consistency import Consistency, ConsistencyDistillation
 from diffusion_core.distill.progressive import Progressive, draw_interval
 from diffusion_core.errors import ConfigError
+from diffusion_core.grid import Uniform
 from diffusion_core.noise import Noise, Stream
 from diffusion_core.objective import Batch
 from diffusion_core.pair import Pair
-from diffusion_core.sampler import Uniform, sample
+from diffusion_core.sampler import sample
 from diffusion_core.schedule import VP, Linear, Schedule
 from diffusion_core.solver import FirstOrder
 from diffusion_core.target import Target

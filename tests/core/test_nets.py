@@ -1,4 +1,6 @@
-"""Networks: silent at birth, moved by noise level and class, blind to their batch; class names by their text."""
+"""Networks: silent at birth, moved by noise level and class, blind to their batch, of the published sizes."""
+
+import inspect
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from diffusion_core.errors import ConfigError
 from diffusion_core.nets import NetSpec
 from diffusion_core.nets.dit import Block, DiT
 from diffusion_core.nets.embed import LabelEmbedding, Sinusoids, grid_positions
+from diffusion_core.nets.mmdit import MMDiT
 from diffusion_core.nets.text import ClassNames
+from diffusion_core.nets.uvit import UViT
 
 SIZES = {"channels": 3, "size": 8, "classes": 5, "width": 32, "depth": 2, "heads": 2}
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -53,22 +57,34 @@ def test_no_condition_is_the_label_no_class():
     assert torch.equal(embedding(torch.tensor([-1, 2])), embedding.weight[[5, 2]])
 
 
-def test_a_row_does_not_know_its_batch():
-    net = awake()
+def every_kind():
+    """One network of each kind, none of its weights zero: those of the table and the transformers."""
+    tiny = SIZES | {"depth": 3, "text": 6, "widths": (16, 32), "groups": 8, "attention": (4,), "head": 16}
+    for made in sorted({*NetSpec.known.values(), DiT, UViT, MMDiT}, key=lambda made: made.__name__):
+        torch.manual_seed(0)
+        taken = inspect.signature(made).parameters
+        net = made(**{name: value for name, value in tiny.items() if name in taken}).eval()
+        for weight in net.parameters():
+            nn.init.normal_(weight, std=0.1)
+        yield pytest.param(net, id=made.__name__)
+
+
+@pytest.mark.parametrize("net", every_kind())
+def test_a_row_does_not_know_its_batch(net):
+    text = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 0], [1, 1, 0]]).bool()
+    cond = LABEL | {"text": text, "mask": mask}
     with torch.no_grad():
-        together = net(X, C, LABEL)
+        together = net(X, C, cond)
         for i in range(4):
-            alone = net(X[i : i + 1], C[i : i + 1], {"label": LABEL["label"][i : i + 1]})
+            alone = net(X[i : i + 1], C[i : i + 1], {name: part[i : i + 1] for name, part in cond.items()})
             torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-5, atol=1e-5)
 
 
-def test_no_denoiser_has_a_layer_that_mixes_the_batch():
+@pytest.mark.parametrize("net", every_kind())
+def test_no_denoiser_has_a_layer_that_mixes_the_batch(net):
     """Against the statement that class conditioning is conditional batch norm: no network known here holds one."""
-    sizes = {"dit": SIZES}
-    assert sizes.keys() == NetSpec.known.keys()
-    for kind, keywords in sizes.items():
-        net = NetSpec.read({"kind": kind, **keywords}, "net").build()
-        assert not [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    assert not [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
 
 
 def test_patches_are_put_back_where_they_came_from():
@@ -94,6 +110,40 @@ def test_embeddings_are_told_apart():
 def test_impossible_sizes_are_refused(sizes):
     with pytest.raises(ConfigError, match="patch must divide size"):
         DiT(**(SIZES | sizes))
+
+
+def count(net):
+    return sum(weight.numel() for weight in net.parameters()) / 1e6
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "published"),
+    [(384, 12, 6, 33), (768, 12, 12, 130), (1024, 24, 16, 458), (1152, 28, 16, 675)],
+)
+def test_dit_has_the_published_sizes(width, depth, heads, published):
+    """Peebles and Xie 2023, table 4, in millions: patch 2, ImageNet's latents, learned variance."""
+    with torch.device("meta"):
+        net = DiT(4, 32, 1000, width=width, depth=depth, heads=heads, out_channels=8, period=10_000.0)
+    assert count(net) == pytest.approx(published, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "published"),
+    [(512, 17, 8, 58), (768, 17, 12, 131), (1024, 21, 16, 287), (1152, 29, 16, 501)],
+)
+def test_u_vit_has_the_published_sizes(width, depth, heads, published):
+    """Bao et al. 2023, table 1, in millions: small (deep), mid, large and huge."""
+    with torch.device("meta"):
+        net = UViT(4, 32, 1000, width=width, depth=depth, heads=heads)
+    assert count(net) == pytest.approx(published, abs=1)
+
+
+@pytest.mark.parametrize(("depth", "published"), [(24, 2000), (38, 8000)])
+def test_mm_dit_has_the_published_sizes(depth, published):
+    """Esser et al. 2024, section 5.3: width 64 a block of depth, 2 and 8 thousand million."""
+    with torch.device("meta"):
+        net = MMDiT(16, 64, 0, text=4096, width=64 * depth, depth=depth, heads=depth)
+    assert count(net) == pytest.approx(published, rel=0.02)
 
 
 def test_class_names():

@@ -10,7 +10,7 @@ from diffusion_core.target import FLOW, Karras, Target, V
 from tests.core.oracle import one_of_each, say
 
 SCHEDULES, TARGETS = one_of_each(Schedule), one_of_each(Target)
-T = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+T = torch.linspace(0.0505, 0.9505, 19, dtype=torch.float64)  # within the pieces of a schedule given by a table
 PAIR = Pair(*torch.randn(2, 19, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
 
 
@@ -28,7 +28,7 @@ def test_v_and_its_inverse():
     a, b = (part[:, None] for part in level)
     x, v = a * PAIR.x0 + b * PAIR.eps, a * PAIR.eps - b * PAIR.x0
     found = unmix(x, level, v, V()(VP(), T))
-    for part, wanted in zip(found, (a * x - b * v, b * x + a * v), strict=True):
+    for part, wanted in zip((found.x0, found.eps), (a * x - b * v, b * x + a * v), strict=True):
         torch.testing.assert_close(part, wanted, rtol=0, atol=1e-13)
 
 

@@ -23,10 +23,11 @@ from diffusion_core.images import decode, to_tensor
 from diffusion_core.metrics import judge
 from diffusion_core.metrics.passport import Passport
 from diffusion_core.metrics.ruler import Ruler, Scoring, load_ruler
+from diffusion_core.multistep import Multistep
 from diffusion_core.nets import NetSpec
 from diffusion_core.sampler import Sampling, generate
 from diffusion_core.schedule import Linear
-from diffusion_core.solver import FirstOrder, Heun, Multistep
+from diffusion_core.solver import FirstOrder, Heun
 from diffusion_core.spec import build
 from diffusion_core.target import FLOW, X0
 from diffusion_core.vae import CodecSpec
