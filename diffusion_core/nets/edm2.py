@@ -59,7 +59,8 @@ class Edm2(nn.Module):
         outs = channels if out_channels is None else out_channels
         if min(channels, outs) < 1 or classes < 0:
             raise ConfigError(
-                f"channels {channels}, out_channels {outs}, classes {classes}: channels from 1 and classes from 0 are wanted"
+                f"channels {channels}, out_channels {outs}, classes {classes}: "
+                "channels from 1 and classes from 0 are wanted"
             )
         widths = [width * multiplier for multiplier in multipliers]
         _check(size, widths, attention, head, depth, dropout)

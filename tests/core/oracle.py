@@ -120,12 +120,10 @@ class Mixture(Law):
         The quantile is counted from the nearer tail, where it keeps its digits, and found again by bisection.
         """
 
-        def tail(y, level, side):
+        def tail(y, level, side):  # by erfc: torch's ndtr is 1 + erf, which loses the tail
             means, var = self._noisy(level, y)
             parts = zip(self.weights, means, strict=True)
-            return sum(
-                w / 2 * torch.erfc(side * (mean - y) / (2 * var) ** 0.5) for w, mean in parts
-            )  # not ndtr: 1 + erf
+            return sum(weight / 2 * torch.erfc(side * (mean - y) / (2 * var) ** 0.5) for weight, mean in parts)
 
         side = torch.where(tail(x, at, 1.0) < 0.5, 1.0, -1.0).to(x)
         wanted = tail(x, at, side)

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.integrate import quad
-from torch import nn
 
 from diffusion_core.errors import ConfigError
 from diffusion_core.nets.edm2 import Block, Drop, Edm2
@@ -111,8 +110,9 @@ def test_fourier_features_are_of_magnitude_one_and_always_the_same():
     assert all(torch.equal(again.state_dict()[name], kept) for name, kept in features.state_dict().items())
     assert set(features.state_dict()) == {"frequencies", "phases"}
     c = torch.tensor([-3.0, 0.01, 2.5])
-    wanted = [[2**0.5 * math.cos(f * x + p) for f, p in zip(features.frequencies.tolist(), features.phases.tolist(), strict=True)] for x in c.tolist()]  # fmt: skip
-    assert features(c).tolist() == pytest.approx(torch.tensor(wanted).numpy(), abs=1e-4)
+    pairs = list(zip(features.frequencies.tolist(), features.phases.tolist(), strict=True))
+    for told, out in zip(c.tolist(), features(c).tolist(), strict=True):
+        assert out == pytest.approx([2**0.5 * math.cos(f * told + p) for f, p in pairs], abs=1e-4)
 
 
 def test_pixel_norm():
@@ -122,7 +122,7 @@ def test_pixel_norm():
     out = unit_magnitude(x, 1)
     length = out.square().mean(1)
     assert length[0, 1, 1] == 0
-    assert length.flatten()[length.flatten() > 0] == pytest.approx(torch.ones(35))
+    torch.testing.assert_close(length[length > 0], torch.ones(35))
     out.sum().backward()
     assert x.grad.isfinite().all()
     halved = unit_magnitude((x.detach() * 500).to(torch.bfloat16), 1)  # whose squares overflow half precision
@@ -184,7 +184,7 @@ def test_weights_have_unit_norm_whatever_the_optimizer_did(harm):
     layers = [m for m in net.modules() if isinstance(m, NormalizedWeight)]
     assert max((lengths(layer) - 1).abs().max().item() for layer in layers) > 0.01
     net(X, C, LABEL)
-    assert len(layers) == 38
+    assert len(layers) == 41
     for layer in layers:
         assert lengths(layer) == pytest.approx(torch.ones(len(layer.weight)), abs=1e-6)
 
@@ -240,28 +240,32 @@ def test_training_and_evaluation_agree_once_the_weights_are_normalized():
 # -- network ---------------------------------------------------------------------------------------------------------
 
 
-def block_magnitudes(net, x, c, cond):
-    found, hooks = {}, []
+def block_squares(net, x, c, cond):
+    """The mean square of what each block puts out, by name."""
+    found = {}
     for name, module in net.named_modules():
         if isinstance(module, Block):
-            hooks.append(
-                module.register_forward_hook(lambda _, __, out, name=name: found.update({name: magnitude(out)}))
-            )
-    net(x, c, cond)
-    for hook in hooks:
-        hook.remove()
+            module.register_forward_hook(lambda _, __, out, name=name: found.update({name: magnitude(out) ** 2}))
+    with torch.no_grad():
+        net(x, c, cond)
     return found
 
 
 @pytest.mark.parametrize("size", [16, 32])
-def test_every_block_gives_unit_magnitude_for_unit_inputs(size):
-    """Measured: 0.83 to 1.00, lower at small sides, where zero padding is a larger share of a kernel."""
-    net = made(awake=False, size=size, multipliers=(1, 2), depth=2, attention=(size // 2,))
-    found = block_magnitudes(
-        net, normal(8, 3, size, size), torch.linspace(-2, 2, 8), {"label": torch.arange(8) % 6 - 1}
-    )
-    assert len(found) == 5 + 2 + 7
-    assert all(0.8 < one < 1.25 for one in found.values()), found
+def test_every_block_expects_unit_magnitude_for_unit_inputs(size):
+    """Over six drawings of the weights. Measured: 0.84 to 1.00; zero padding and attention's means take the rest."""
+    found = [
+        block_squares(
+            made(seed, awake=False, size=size, width=32, depth=2, attention=(size // 2,)),
+            normal(4, 3, size, size, seed=seed),
+            torch.linspace(-2, 2, 4),
+            {"label": torch.arange(4) - 1},
+        )
+        for seed in range(6)
+    ]
+    assert len(found[0]) == 5 + 2 + 7
+    means = {name: (sum(one[name] for one in found) / len(found)) ** 0.5 for name in found[0]}
+    assert all(0.8 < one < 1.05 for one in means.values()), means
 
 
 def test_the_first_word_is_zero():
@@ -317,7 +321,7 @@ def test_dropout_is_by_counting():
     assert not torch.allclose(net.eval()(X, C, LABEL), once, atol=1e-2)
     ones = torch.ones(4, 8, 32, 32)
     drop, other = (Drop(Noise(torch.tensor([5, 6, 7, 8])), stream, 0.25)(ones) for stream in (0, 1))
-    assert set(drop.unique().tolist()) == {0.0, pytest.approx(4 / 3)}
+    assert drop.unique().tolist() == pytest.approx([0, 4 / 3])
     assert (drop == 0).float().mean((1, 2, 3)) == pytest.approx(torch.full((4,), 0.25), abs=0.02)
     for one, two in ((drop[0], drop[1]), (drop, other)):  # samples and blocks draw on their own
         assert ((one == 0) & (two == 0)).float().mean() == pytest.approx(1 / 16, abs=0.01)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import integrate, stats
 
+from diffusion_core.pair import Pair
 from diffusion_core.schedule import VE, VP, Cosine, Linear, Schedule
 from diffusion_core.target import Target
 from tests.core.oracle import CLEAN, Gaussian, LinearGaussian, Mixture, one_of_each, perfect, slope, time
@@ -17,6 +18,7 @@ X = torch.linspace(-2.4, 3.1, 12, dtype=torch.float64)[:, None]
 MEAN = torch.tensor([0.5, -0.3, 0.2], dtype=torch.float64)
 ROOT = torch.tensor([[0.9, 0.0, 0.0], [0.6, 0.5, 0.0], [-0.5, 0.5, 0.3]], dtype=torch.float64)
 WHOLE = LinearGaussian(MEAN, ROOT @ ROOT.T)
+PAIR = Pair(torch.full((1, 1), 2.0).double(), torch.full((1, 1), -1.0).double())
 PICTURES = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
@@ -134,7 +136,7 @@ def test_what_is_seen_conditions_the_law():
     matrix, std, y = torch.tensor([[1.0, 0.5, 0.0], [0.0, -1.0, 2.0]]).double(), 0.3, time(0.4, -1.1)
     found = WHOLE.given(matrix, y, std)
     build = torch.cat((torch.eye(3).double(), matrix))
-    joint = build @ WHOLE.covariance @ build.T + torch.block_diag(torch.zeros(3, 3), std**2 * torch.eye(2)).double()
+    joint = build @ WHOLE.covariance @ build.T + torch.diag(time(0, 0, 0, std**2, std**2))
     precision = torch.linalg.inv(joint)
     covariance = torch.linalg.inv(precision[:3, :3])
     mean = MEAN - covariance @ precision[:3, 3:] @ (y - matrix @ MEAN)
@@ -159,15 +161,12 @@ def test_what_is_seen_conditions_a_mixture():
 def test_the_perfect_network_says_the_target(target):
     """Each target from its definition, in numbers: what is said at α, σ with rates α', σ' for known x₀ and ε."""
     schedule, t = Linear(), time(0.25)
-    denoiser = perfect(Mixture(), schedule, target, answer=lambda x, level, labels=None: PAIR)
+    denoiser = perfect(Mixture(), schedule, target, answer=lambda x, level, labels=None: PAIR, first=0.9)
     wanted = {"x0": 2.0, "eps": -1.0, "flow": -3.0, "v": 0.75 * -1 - 0.25 * 2, "velocity": -3.0, "score": 4.0}
     wanted["karras"] = (2 - 0.25 / (1 / 9 + 0.25) * (2 - 1 / 3)) / (1 / 6 / math.sqrt(1 / 9 + 0.25))
     assert set(wanted) == set(Target.kinds())
     said = denoiser.read(torch.ones(1, 1).double(), t[None], None).reading
     assert said.item() == pytest.approx(wanted[target], rel=1e-9)
-
-
-PAIR = type(Mixture().pair(X, LEVELS[0]))(torch.full((1, 1), 2.0).double(), torch.full((1, 1), -1.0).double())
 
 
 def test_one_of_each_is_every_kind():

@@ -1,0 +1,32 @@
+"""The public names: exactly those of `__all__`, each with a docstring, and so each public method of theirs."""
+
+import inspect
+import subprocess
+import sys
+import types
+
+import pytest
+
+import diffusion_core
+
+
+def test_the_package_binds_what_it_promises_and_nothing_else():
+    asked = "import diffusion_core as d; print(*(n for n, v in vars(d).items() if not n.startswith('_')))"
+    bound = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
+    modules = {name for name in bound if isinstance(getattr(diffusion_core, name), types.ModuleType)}
+    shadowed = {name for name in diffusion_core.__all__ if inspect.ismodule(getattr(diffusion_core, name))}
+    assert set(bound) - modules == set(diffusion_core.__all__)
+    assert not shadowed, "a module of the same name hides a public name"
+    assert len(diffusion_core.__all__) == len(set(diffusion_core.__all__))
+
+
+@pytest.mark.parametrize("name", diffusion_core.__all__)
+def test_a_public_name_says_what_it_is(name):
+    public = getattr(diffusion_core, name)
+    if not callable(public):  # a constant of a documented kind
+        return
+    assert inspect.getdoc(public), f"{name} has no docstring"
+    if inspect.isclass(public):
+        for method, function in inspect.getmembers(public, inspect.isfunction):
+            own = function.__module__.startswith("diffusion_core") and not method.startswith("_")
+            assert not own or inspect.getdoc(getattr(public, method)), f"{name}.{method} has no docstring"
