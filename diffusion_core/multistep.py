@@ -107,7 +107,7 @@ class UniPC(Solver):
 
     def hold(self, denoise: Denoise, x: Tensor, leg: Leg, memory: Memory, fresh: Fresh) -> tuple[Pair, Memory]:
         kept = (Kept(leg.level, denoise(x, leg.level).x0), *memory.kept)
-        if memory.kept and math.isfinite(memory.kept[0].level.log_snr):
+        if memory.kept and not memory.exact and math.isfinite(memory.kept[0].level.log_snr):
             # what the step that led here would have held, had it known, moves where it landed
             (a, b), before = leg.level.row, memory.kept[0].level
             known, held = (self._mean(some, before, leg.level) for some in (kept, memory.kept))

@@ -51,9 +51,13 @@ class Kept(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a solver remembers between steps: readings, newest first."""
+    """What a solver remembers between steps: readings, newest first.
+
+    `exact` says that the sample was not reached by a step from them, so that nothing is to be corrected.
+    """
 
     kept: tuple[Kept, ...] = ()
+    exact: bool = False
 
 
 class Solver(Kind):

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from diffusion_core.denoiser import Denoiser, Time, UnitVariance
+from diffusion_core.denoiser import Denoiser, Reader, Said, Time, UnitVariance
 from diffusion_core.discrete import ScaledLinearBetas
 from diffusion_core.grid import Uniform
 from diffusion_core.pair import Pair
 from diffusion_core.schedule import Cosine
-from diffusion_core.target import Target
+from diffusion_core.target import X0, Target
 
 EXAMPLES = {
     "shifted": {"inner": Cosine(), "factor": 3.0},
@@ -74,13 +74,17 @@ class Mixture(Law):
         a, b = (per_sample(part, x) for part in level)
         return [a * mean for mean in self.means], (a * self.std) ** 2 + b**2
 
+    def _away(self, x, level):
+        """How far x lies from the noisy mean of each component, on a last axis, and their variance."""
+        means, var = self._noisy(level, x)
+        return torch.stack([x - mean for mean in means], -1), var
+
     def _parts(self, x, level):
         """ln wᵢN(x; αmᵢ, α²s² + σ²) of each component, on a last axis."""
-        means, var = self._noisy(level, x)
-        constant = torch.log(2 * math.pi * torch.as_tensor(var, dtype=torch.float64)) / 2
-        logs = [torch.as_tensor(weight, dtype=torch.float64).log() for weight in self.weights]
-        parts = [log - constant - (x - mean) ** 2 / (2 * var) for log, mean in zip(logs, means, strict=True)]
-        return torch.stack(parts, -1)
+        away, var = self._away(x, level)
+        var = torch.as_tensor(var, dtype=torch.float64)[..., None]
+        weights = torch.stack([torch.as_tensor(weight, dtype=torch.float64) for weight in self.weights], -1)
+        return weights.log() - torch.log(2 * math.pi * var) / 2 - away**2 / (2 * var)
 
     def log_density(self, x, level):
         """ln p(x) of the noisy sample, pixel by pixel."""
@@ -97,9 +101,8 @@ class Mixture(Law):
 
     def score(self, x, level, labels=None):
         """∇ log p(x) by the density of each component."""
-        means, var = self._noisy(level, x)
-        slopes = torch.stack([(mean - x) / var for mean in means], -1)
-        return (self.responsibilities(x, level, labels) * slopes).sum(-1)
+        away, var = self._away(x, level)
+        return -(self.responsibilities(x, level, labels) * away).sum(-1) / var
 
     def guided_score(self, x, level, labels, scale):
         """Classifier-free guidance in score, s + w·(s(label) - s): 0 is unconditional, 1 conditional."""
@@ -107,12 +110,13 @@ class Mixture(Law):
         return free + scale * (self.score(x, level, labels) - free)
 
     def pair(self, x, level, labels=None):
-        """E[x₀ | x] by Gaussian conditioning in each component, and E[ε | x] = -σ·score."""
+        """E[x₀ | x] = Σ rᵢ(mᵢ + αs²/(α²s² + σ²)·(x - αmᵢ)), r the responsibilities, and E[ε | x] = -σ·score."""
         a, b = (per_sample(part, x) for part in level)
-        means, var = self._noisy(level, x)
-        gain = a * self.std**2 / var
-        inside = torch.stack([m + gain * (x - mean) for m, mean in zip(self.means, means, strict=True)], -1)
-        return Pair((self.responsibilities(x, level, labels) * inside).sum(-1), -b * self.score(x, level, labels))
+        away, var = self._away(x, level)
+        found = self.responsibilities(x, level, labels)
+        gain, off = a * self.std**2 / var, (found * away).sum(-1)
+        centre = sum(share * mean for share, mean in zip(found.unbind(-1), self.means, strict=True))
+        return Pair(centre + gain * off, b / var * off)
 
     def flow(self, x, at, to):
         """Where the probability flow carries x: in one dimension paths cannot cross, so quantiles stay quantiles.
@@ -209,23 +213,21 @@ def karras(schedule, t, pair, sd=0.5):
     return (pair.x0 - c_skip * x) / c_out
 
 
-def _rows(schedule, t, like):
-    return [per_sample(part, like) for part in (schedule.alpha(t), schedule.sigma(t))]
-
-
-def _rates(schedule, t, like):
-    return [per_sample(slope(part, t), like) for part in (schedule.alpha, schedule.sigma)]
+def velocity(schedule, t, pair):
+    """α'x₀ + σ'ε by differences so fine that they hardly ever cross a step of a chain, where it has two slopes."""
+    da, db = (per_sample(slope(part, t, 2e-6), pair.x0) for part in (schedule.alpha, schedule.sigma))
+    return da * pair.x0 + db * pair.eps
 
 
 def say(name, schedule, t, pair):
     """What each target is by its definition in the literature; a target without a line here cannot be tested."""
-    (a, b), (da, db) = _rows(schedule, t, pair.x0), _rates(schedule, t, pair.x0)
+    a, b = (per_sample(part, pair.x0) for part in (schedule.alpha(t), schedule.sigma(t)))
     definitions = {
         "x0": lambda: pair.x0,
         "eps": lambda: pair.eps,
         "flow": lambda: pair.eps - pair.x0,
         "v": lambda: a * pair.eps - b * pair.x0,
-        "velocity": lambda: da * pair.x0 + db * pair.eps,
+        "velocity": lambda: velocity(schedule, t, pair),
         "score": lambda: -pair.eps / b,
         "karras": lambda: karras(schedule, t, pair),
     }
@@ -257,3 +259,15 @@ def perfect(law, schedule, target, *, scale=None, answer=None, first=1.0):
     scale = scale or UnitVariance()
     net = Oracle(law, schedule, target, scale, answer)
     return Denoiser(net, schedule, one_of_each(Target)[target], scale=scale, label=Time(), first=first)
+
+
+class Answering(Reader):
+    """A reader that is no network: `answer(x, t, cond) -> Pair` is what it knows at times t; it says x₀."""
+
+    def __init__(self, schedule, answer, first=1.0):
+        super().__init__()
+        self.schedule, self.target, self.first, self.answer = schedule, X0(), first, answer
+
+    def read(self, x, t, cond):
+        pair = self.answer(x, t, cond)
+        return Said(pair.x0, pair.spread)

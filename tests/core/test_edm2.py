@@ -1,27 +1,13 @@
-"""EDM2: each layer's magnitude by Monte Carlo or quadrature, weights that keep their length, the published sizes."""
-
-import math
+"""EDM2: unit magnitudes throughout, weights that keep their length whatever happens, the published sizes."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.integrate import quad
+from torch import nn
 
 from diffusion_core.errors import ConfigError
 from diffusion_core.nets.edm2 import Block, Drop, Edm2
-from diffusion_core.nets.magnitude import (
-    SILU_GAIN,
-    CosineAttention,
-    FourierFeatures,
-    MPConv,
-    MPEmbedding,
-    MPLinear,
-    NormalizedWeight,
-    mp_cat,
-    mp_silu,
-    mp_sum,
-    unit_magnitude,
-)
+from diffusion_core.nets.magnitude import NormalizedWeight
 from diffusion_core.noise import Noise
 from diffusion_core.spec import Blueprint
 
@@ -55,116 +41,8 @@ def magnitude(x):
     return x.square().mean().sqrt().item()
 
 
-# -- primitives ------------------------------------------------------------------------------------------------------
-
-
-def test_the_gain_of_silu_is_its_magnitude_for_a_normal():
-    second = quad(lambda z: (z / (1 + math.exp(-z))) ** 2 * math.exp(-(z**2) / 2) / math.sqrt(2 * math.pi), -30, 30)[0]
-    assert second**0.5 == pytest.approx(SILU_GAIN, abs=5e-4)
-    assert magnitude(mp_silu(normal(100_000))) == pytest.approx(1, abs=0.01)
-
-
-@pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0])
-def test_sums_and_concatenations_keep_the_magnitude(t):
-    a, b = normal(50_000, 2), normal(50_000, 6, seed=1)
-    assert magnitude(mp_sum(a[:, 0], b[:, 0], t)) == pytest.approx(1, abs=0.02)
-    assert mp_sum(a, a, 0.5) == pytest.approx(2**0.5 * a)  # nothing is kept where the two are alike
-    both = mp_cat(a, b, t)
-    assert both.shape == (50_000, 8) and magnitude(both) == pytest.approx(1, abs=0.02)
-    share = both[:, 2:].square().sum() / both.square().sum()
-    assert share.item() == pytest.approx(t**2 / ((1 - t) ** 2 + t**2), abs=0.01)
-
-
-@pytest.mark.parametrize(
-    ("layer", "shape"),
-    [
-        (lambda: MPLinear(24, 64), (1000, 24)),
-        (lambda: MPConv(5, 64, 1), (8, 5, 16, 16)),
-        (lambda: MPConv(5, 64, 3), (8, 5, 64, 64)),
-    ],
-)
-def test_layers_keep_the_magnitude(layer, shape):
-    torch.manual_seed(0)
-    assert magnitude(layer()(normal(*shape))) == pytest.approx(1, abs=0.04)  # at an edge of 64 a 3x3 kernel loses 1%
-
-
-def test_an_embedding_is_the_linear_layer_of_one_hot_vectors():
-    torch.manual_seed(0)
-    embedding, linear = MPEmbedding(7, 32), MPLinear(7, 32)
-    linear.load_state_dict(embedding.state_dict())
-    label = torch.tensor([3, 0, -1, 6])
-    wanted = linear(7**0.5 * F.one_hot(label.clamp_min(0), 7).float())
-    wanted[2] = 0
-    torch.testing.assert_close(embedding(label), wanted)
-    assert magnitude(embedding(torch.arange(7))) == pytest.approx(1, abs=1e-5)
-    with pytest.raises(IndexError):
-        embedding(torch.tensor([7]))
-
-
-def test_fourier_features_are_of_magnitude_one_and_always_the_same():
-    features = FourierFeatures(256)
-    assert magnitude(features(torch.linspace(-3, 3, 400))) == pytest.approx(1, abs=0.02)
-    assert features.frequencies.std().item() == pytest.approx(2 * math.pi, rel=0.1)
-    assert features.phases.min() < 0.3 and features.phases.max() > 6 and abs(features.frequencies.mean()) < 1
-    again = FourierFeatures(256)
-    assert all(torch.equal(again.state_dict()[name], kept) for name, kept in features.state_dict().items())
-    assert set(features.state_dict()) == {"frequencies", "phases"}
-    c = torch.tensor([-3.0, 0.01, 2.5])
-    pairs = list(zip(features.frequencies.tolist(), features.phases.tolist(), strict=True))
-    for told, out in zip(c.tolist(), features(c).tolist(), strict=True):
-        assert out == pytest.approx([2**0.5 * math.cos(f * told + p) for f, p in pairs], abs=1e-4)
-
-
-def test_pixel_norm():
-    x = 5 * normal(4, 6, 3, 3) + 2
-    x[0, :, 1, 1] = 0
-    x.requires_grad_()
-    out = unit_magnitude(x, 1)
-    length = out.square().mean(1)
-    assert length[0, 1, 1] == 0
-    torch.testing.assert_close(length[length > 0], torch.ones(35))
-    out.sum().backward()
-    assert x.grad.isfinite().all()
-    halved = unit_magnitude((x.detach() * 500).to(torch.bfloat16), 1)  # whose squares overflow half precision
-    assert halved.dtype == torch.bfloat16 and halved.isfinite().all()
-
-
-def test_attention_by_cosines():
-    """Against the definition, place by place: softmax of √D·cos(q, k) over values of magnitude 1."""
-    torch.manual_seed(0)
-    attention, x = CosineAttention(8, 2).eval(), 3 * normal(2, 8, 2, 3)
-    mixed = F.conv2d(x, attention.mix.unit()).flatten(2).reshape(2, 3, 2, 4, 6)
-    seen = torch.zeros(2, 2, 4, 6)
-    for b in range(2):
-        for h in range(2):
-            q, k, v = mixed[b, :, h].detach()
-            scores = torch.tensor(
-                [[F.cosine_similarity(q[:, i], k[:, j], dim=0) * 2 for j in range(6)] for i in range(6)]
-            )
-            seen[b, h] = torch.nn.functional.normalize(v, dim=0) * 2 @ scores.softmax(1).T
-    wanted = F.conv2d(seen.reshape(2, 8, 2, 3), attention.join.unit())
-    torch.testing.assert_close(attention(x), wanted, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(attention(7 * x), wanted, rtol=1e-4, atol=1e-5)  # a magnitude means nothing to it
-
-
-# -- weights ---------------------------------------------------------------------------------------------------------
-
-
 def lengths(layer):
     return layer.weight.detach().flatten(1).norm(dim=1) * layer.scale
-
-
-@pytest.mark.parametrize("shape", [(64, 16, 3, 3), (100, 7), (5, 1), (8, 3000, 3, 3)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_cutting_back_twice_changes_no_bit(shape, dtype):
-    torch.manual_seed(0)
-    layer = NormalizedWeight(*shape).to(dtype)
-    with torch.no_grad():
-        layer.weight.mul_((5 * torch.rand(shape[0], *(1,) * (len(shape) - 1))).exp())
-    acting, stored = layer.unit().detach(), layer.weight.detach().clone()
-    assert lengths(layer) == pytest.approx(torch.ones(shape[0], dtype=dtype), rel=4 * torch.finfo(dtype).eps)
-    assert torch.equal(layer.unit(), acting) and torch.equal(layer.weight, stored)
-    assert torch.equal(layer.eval().unit(), acting) and torch.equal(layer.weight, stored)
 
 
 @pytest.mark.parametrize("harm", ["sgd", "adamw", "scaled", "drawn again"])
@@ -206,15 +84,6 @@ def test_gradients_are_orthogonal_to_weights():
                 assert layer.weight.grad.any() and cosine.abs().max() < 1e-4
 
 
-def test_the_gradient_is_that_of_the_quotient():
-    """By finite differences in float64, at length one, where the norm is taken for exactly 1."""
-    torch.manual_seed(0)
-    layer, x = MPLinear(4, 3).double(), normal(6, 4).double()
-    layer(x)
-    layer.eval()
-    assert torch.autograd.gradcheck(lambda w: torch.func.functional_call(layer, {"weight": w}, x), layer.weight)
-
-
 def test_two_passes_may_share_a_backward():
     """As in consistency training and self-conditioning: cutting back again must not spoil what autograd has saved."""
     net = made().train()
@@ -235,9 +104,6 @@ def test_training_and_evaluation_agree_once_the_weights_are_normalized():
     torch.testing.assert_close(before, trained)  # drawn weights are not yet of unit length
     assert torch.equal(net.eval()(X, C, LABEL), trained)
     assert torch.equal(net.train()(X, C, LABEL), trained)
-
-
-# -- network ---------------------------------------------------------------------------------------------------------
 
 
 def block_squares(net, x, c, cond):
@@ -266,6 +132,42 @@ def test_every_block_expects_unit_magnitude_for_unit_inputs(size):
     assert len(found[0]) == 5 + 2 + 7
     means = {name: (sum(one[name] for one in found) / len(found)) ** 0.5 for name in found[0]}
     assert all(0.8 < one < 1.05 for one in means.values()), means
+
+
+def shared(a, b, t):
+    return ((1 - t) * a + t * b) / ((1 - t) ** 2 + t**2) ** 0.5
+
+
+@pytest.mark.parametrize("encodes", [True, False])
+@pytest.mark.parametrize("resample", ["keep", "down", "up"])
+def test_a_block_is_that_of_figure_21(encodes, resample):
+    """Written out from the figure; the encoder changes channels and takes pixel norm before it branches."""
+    torch.manual_seed(0)
+    block = Block(6, 4, 5, encodes=encodes, heads=1, resample=resample).eval()
+    x, steer = normal(2, 6, 4, 4), normal(2, 5)
+    nn.init.constant_(block.gain, 0.7)
+    if resample == "down":
+        x = (x[:, :, ::2, ::2] + x[:, :, 1::2, ::2] + x[:, :, ::2, 1::2] + x[:, :, 1::2, 1::2]) / 4
+    elif resample == "up":
+        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    main = F.conv2d(x, block.skip.unit())
+    if encodes:
+        x = main = 2 * F.normalize(main, dim=1)
+    branch = F.conv2d(F.silu(x) / 0.596, block.first.unit(), padding=1)
+    branch = F.silu(branch * (1 + 0.7 * steer @ block.steer.unit().T)[:, :, None, None]) / 0.596
+    main = shared(main, F.conv2d(branch, block.second.unit(), padding=1), 0.3)
+    torch.testing.assert_close(
+        block(normal(2, 6, 4, 4), steer), shared(main, block.attention(main), 0.3), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_blocks_are_told_noise_level_and_class_in_equal_shares():
+    net, told = made().eval(), []
+    net.decoder[-1].register_forward_hook(lambda _, given, __: told.append(given[1]))
+    net(X, C, LABEL)
+    level = net.features(C) @ net.level.unit().T
+    named = 5**0.5 * net.label.unit().T[LABEL["label"]] * (LABEL["label"] >= 0)[:, None]
+    torch.testing.assert_close(told[0], F.silu(shared(level, named, 0.5)) / 0.596)
 
 
 def test_the_first_word_is_zero():
@@ -337,6 +239,15 @@ def test_the_published_sizes(width, published):
     assert round(sum(weight.numel() for weight in net.parameters()) / 1e6) == published
 
 
+def test_every_tensor_is_made_where_the_input_is():
+    """On the device of shapes without numbers, which refuses to meet any other."""
+    with torch.device("meta"):
+        net, x, c = made(dropout=0.1), torch.empty(4, 3, 8, 8), torch.empty(4)
+        label = {"label": torch.empty(4, dtype=torch.int64)}
+    for mode in (True, False):
+        assert net.train(mode)(x, c, label).device == net(x, c).device == x.device
+
+
 def test_it_learns():
     """To say its input, from silence, at a learning rate that unnormalized weights would not bear."""
     net = made(awake=False).train()
@@ -382,8 +293,5 @@ def test_it_is_read_from_plain_data():
 def test_impossible_sizes_are_refused(sizes, says):
     with pytest.raises(ConfigError, match=says):
         made(**sizes)
-
-
-def test_a_picture_of_another_shape_is_refused():
     with pytest.raises(ConfigError, match="x is 16x16; this network takes 8x8"):
         made()(normal(1, 3, 16, 16), C[:1])

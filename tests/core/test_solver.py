@@ -3,79 +3,50 @@
 import math
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 
+from diffusion_core.denoiser import Denoiser, Plain
 from diffusion_core.errors import ConfigError, RefusedError
-from diffusion_core.noise import Noise, Stream
-from diffusion_core.pair import row
-from diffusion_core.sampler import Ancestral, Full, Grid, Keep, Renoise, sample
-from diffusion_core.schedule import VE, VP, Linear, Schedule, log_snr
-from diffusion_core.solver import FirstOrder, Heun, Level, Multistep, Solver, mean_weights
-from diffusion_core.target import EPS, FLOW, X0, Target, V
-from tests.core.oracle import BLIND, PURE_NOISE, Gaussian, Mixture, one_of_each, perfect, time
+from diffusion_core.grid import Grid
+from diffusion_core.multistep import Multistep
+from diffusion_core.sampler import Sampling, sample
+from diffusion_core.schedule import VE, VP, Linear, Schedule
+from diffusion_core.solver import FirstOrder, Heun, SingleStep, Solver
+from diffusion_core.stochastic import Churn, Langevin
+from diffusion_core.target import EPS, FLOW, X0, V
+from diffusion_core.walk import walk
+from tests.core.oracle import PURE_NOISE, Mixture, one_of_each
+from tests.core.paths import LAW, SOLVERS, at, levels, start
 
-LAW, SCHEDULES = Gaussian(0.7, 0.4), one_of_each(Schedule)
-SOLVERS = {
-    "first_order": (FirstOrder(), 1, 0.2),
-    "heun x0": (Heun(X0()), 2, 0.25),
-    "heun eps": (Heun(EPS()), 2, 0.25),
-    "heun flow": (Heun(FLOW()), 2, 0.25),
-    "dpm++ 2m": (Multistep(X0(), "log_snr", 2), 2, 0.25),
-    "lms": (Multistep(EPS(), "ratio", 2), 2, 0.25),
-    "adams-bashforth flow": (Multistep(FLOW(), "t", 2), 2, 0.25),
-    "plms": (Multistep(EPS(), "t", 4), 2, 0.25),  # its first-order start bounds it
-}
+SCHEDULES = one_of_each(Schedule)
 
 
-def levels(schedule, steps, start=0.8, end=0.2):
-    return [Level(t, schedule(t)) for t in torch.linspace(start, end, steps + 1, dtype=torch.float64)]
-
-
-def at(schedule, law=LAW):
-    return lambda x, t, cond=None: law.pair(x, schedule(t))
-
-
-def start(level, law=LAW):
-    """Points one, zero and two standard deviations from the mean of the noisy law."""
-    a, b = level.row
-    return a * law.means[0] + torch.sqrt((a * law.std) ** 2 + b**2) * time(-1.0, 0.0, 2.0)[:, None]
-
-
-def test_every_solver_is_in_the_matrix():
-    assert {type(solver) for solver, _, _ in SOLVERS.values()} == set(Solver.kinds().values())
+def test_every_solver_is_tried():
+    assert {type(one) for one in SOLVERS.values()} | {Churn, Langevin} == set(Solver.kinds().values())
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["vp", "edm", "linear"])
 def test_lands_on_the_exact_flow_at_its_order(schedule, solver):
-    schedule, (solver, order, within) = SCHEDULES[schedule], SOLVERS[solver]
+    """Started by itself, a multistep solver is of second order or just small; `make conformance` measures the rest."""
+    schedule, solver = SCHEDULES[schedule], SOLVERS[solver]
     errors = []
-    for steps in (160, 320):
+    for steps in (80, 160):
         grid = levels(schedule, steps)
         x = start(grid[0])
         wanted = LAW.flow(x, grid[0].row, grid[-1].row)
-        errors.append((sample(at(schedule), x, grid, solver) - wanted).abs().max().item())
-    assert errors[1] < 5e-3
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=within)
+        errors.append((walk(at(), x, grid, solver, schedule) - wanted).abs().max().item())
+    assert errors[1] < 1e-2
+    if solver.fewest_steps > 2:
+        assert errors[1] < 1e-4
+    else:
+        least = min(solver.order_on(schedule), 2) if solver.fewest_steps > 1 else solver.order_on(schedule)
+        assert math.log2(errors[0] / errors[1]) >= least - 0.25
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("target", Target.kinds())
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_does_not_care_what_the_network_says(schedule, target, solver):
-    """The same pair through any target: the same landing, into the clean end."""
-    first = 0.97 if schedule in PURE_NOISE and target in BLIND else 1.0
-    schedule, solver = SCHEDULES[schedule], SOLVERS[solver][0]
-    grid = [*levels(schedule, 3, 0.9, 0.3), Level(time(0.0), row(1, 0))]
-    x = start(grid[0])
-    through = sample(perfect(LAW, schedule, target, first=first), x, grid, solver)
-    torch.testing.assert_close(through, sample(at(schedule), x, grid, solver), rtol=1e-7, atol=1e-7)
-
-
-LEAVERS = [FirstOrder(), Heun(X0()), Heun(FLOW())] + [
-    Multistep(frame, clock, 3) for frame in (X0(), EPS(), FLOW()) for clock in ("t", "log_snr", "ratio")
+LEAVERS = [FirstOrder(), Heun(X0()), Heun(FLOW()), SingleStep(X0(), 2), SingleStep(X0(), 3), SOLVERS["unipc 2"]] + [
+    Multistep(frame, clock, 3) for frame in (X0(), EPS(), FLOW()) for clock in ("t", "log_snr", "ratio", "step")
 ]
 
 
@@ -86,43 +57,50 @@ def test_is_finite_from_pure_noise_to_clean(solver, schedule):
     schedule = SCHEDULES[schedule]
     for grid in one_of_each(Grid).values():
         for steps in (1, 2, 7):
-            levels = grid.levels(schedule, steps)
-            found = sample(at(schedule), start(levels[0]).float(), levels, solver)
+            try:
+                path = grid.levels(schedule, steps)
+            except RefusedError:
+                continue
+            if any(low.log_snr > high.log_snr for low, high in pairwise(path[::-1])):
+                continue  # goes up, which draws noise
+            found = walk(at(), start(path[0]).float(), path, solver, schedule)
             assert found.isfinite().all(), (grid, steps)
             if getattr(solver, "frame", X0()) != EPS():  # held noise is amplified where there is hardly a signal
                 assert (found - LAW.means[0]).abs().max() < 12 * LAW.std, (grid, steps)
 
 
-def test_held_noise_cannot_leave_pure_noise():
+@pytest.mark.parametrize("solver", [Heun(EPS()), SingleStep(EPS(), 2), SOLVERS["plms"]])
+def test_held_noise_cannot_leave_pure_noise(solver):
     for schedule in (SCHEDULES[name] for name in PURE_NOISE):
-        grid = one_of_each(Grid)["uniform"].levels(schedule, 3)
-        with pytest.raises(RefusedError, match="Heun.*cannot leave t = 1 .*use frame x0 or flow"):
-            sample(at(schedule), start(grid[0]), grid, Heun(EPS()))
+        path = one_of_each(Grid)["uniform"].levels(schedule, 4)
+        with pytest.raises(RefusedError, match="cannot leave t = 1 .*use frame x0 or flow"):
+            walk(at(), start(path[0]), path, solver, schedule)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_calls_are_counted_as_they_are_made(solver):
     made = []
 
-    def denoise(x, t, cond=None):
-        made.append(t.item())
-        return LAW.pair(x, Linear()(t))
+    def denoise(x, level):
+        made.append(level.t)
+        return LAW.pair(x, level.row)
 
-    solver = SOLVERS[solver][0]
-    grid = one_of_each(Grid)["uniform"].levels(Linear(), 5, 0.9)
-    sample(denoise, start(grid[0]), grid, solver)
+    solver = SOLVERS[solver]
+    path = one_of_each(Grid)["uniform"].levels(Linear(), 5, 0.9)
+    walk(denoise, start(path[0]), path, solver, Linear())
     assert solver.calls(5) == len(made)
     assert Heun().calls(18) == 35  # Karras et al. 2022, section 5
 
 
 class TestPublishedRules:
-    """One step or a run of each named sampler, from the formula in its paper, on data where it matters: a mixture."""
+    """A run of each named one-step sampler, from the formula in its paper, on data where it matters: a mixture."""
 
     law = Mixture()
     x = torch.randn(50, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
-    def run(self, schedule, solver, steps=6, **more):
-        return sample(at(schedule, self.law), self.x, levels(schedule, steps), solver, **more)
+    def same(self, schedule, solver, wanted, steps=6):
+        found = walk(at(self.law), self.x, levels(schedule, steps), solver, schedule)
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
     def test_ddim(self):
         """Song et al. 2021, eq. 12: x' = √ᾱ' (x - √(1-ᾱ) ε)/√ᾱ + √(1-ᾱ') ε."""
@@ -130,14 +108,14 @@ class TestPublishedRules:
         for (_, (a, b)), (_, (c, d)) in pairwise(levels(VP(), 6)):
             eps = self.law.pair(x, (a, b)).eps
             x = c * (x - b * eps) / a + d * eps
-        torch.testing.assert_close(self.run(VP(), FirstOrder()), x, rtol=1e-10, atol=1e-10)
+        self.same(VP(), FirstOrder(), x)
 
     def test_euler_on_the_straight_path(self):
         x = self.x
         for (t, level), (s, _) in pairwise(levels(Linear(), 6)):
             pair = self.law.pair(x, level)
             x = x + (s - t) * (pair.eps - pair.x0)
-        torch.testing.assert_close(self.run(Linear(), FirstOrder()), x, rtol=1e-10, atol=1e-10)
+        self.same(Linear(), FirstOrder(), x)
 
     def test_edm_heun(self):
         """Karras et al. 2022, algorithm 1: d = (x - D)/σ, trapezoid in σ."""
@@ -147,155 +125,66 @@ class TestPublishedRules:
             trial = x + (to - sigma) * d
             there = (trial - self.law.pair(trial, (one, to)).x0) / to
             x = x + (to - sigma) * (d + there) / 2
-        torch.testing.assert_close(self.run(VE(), Heun(EPS())), x, rtol=1e-10, atol=1e-10)
+        self.same(VE(), Heun(EPS()), x)
 
-    def test_dpm_solver_pp_2m(self):
-        """Lu et al. 2022, algorithm 2: D = (1 + 1/2r) x₀ - 1/2r x₀', x' = (σ'/σ) x - α'(e^-h - 1) D, λ = ln(α/σ)."""
-        x, before, h_before = self.x, None, None
+    def dpm(self, order):
+        """DPM-Solver-2 and -3 on VP; λ = ln(α/σ) is inverted by its quadratic, so nothing of the schedule is used."""
+
+        def place(half):  # ln α = -ln(1 + e^{-2λ})/2
+            a = 1 / math.sqrt(1 + math.exp(-2 * half))
+            return a, math.sqrt(1 - a * a)
+
+        def eps(y, at):
+            return self.law.pair(y, at).eps
+
+        x = self.x
         for (_, (a, b)), (_, (c, d)) in pairwise(levels(VP(), 6)):
-            h, now = torch.log(c / d) - torch.log(a / b), self.law.pair(x, (a, b)).x0
-            mean = now if before is None else (1 + h / h_before / 2) * now - h / h_before / 2 * before
-            x, before, h_before = d / b * x - c * torch.expm1(-h) * mean, now, h
-        torch.testing.assert_close(self.run(VP(), Multistep(X0(), "log_snr", 2)), x, rtol=1e-10, atol=1e-10)
+            low, high = math.log(a / b), math.log(c / d)
+            h, first = high - low, eps(x, (a, b))
+            if order == 2:
+                p, q = place(low + h / 2)
+                u = p / a * x - q * math.expm1(h / 2) * first
+                x = c / a * x - d * math.expm1(h) * eps(u, (p, q))
+                continue
+            (p, q), (r, s) = place(low + h / 3), place(low + 2 * h / 3)
+            u = p / a * x - q * math.expm1(h / 3) * first
+            one = eps(u, (p, q)) - first
+            u = r / a * x - s * math.expm1(2 * h / 3) * first - s * 2 * (math.expm1(2 * h / 3) / (2 * h / 3) - 1) * one
+            two = eps(u, (r, s)) - first
+            x = c / a * x - d * math.expm1(h) * first - d * 1.5 * (math.expm1(h) / h - 1) * two
+        return x
 
-    def test_plms(self):
-        """Liu et al. 2022, eq. 12, once four readings are kept; fewer before that, by Adams and Bashforth."""
-        weights = {1: [1], 2: [3 / 2, -1 / 2], 3: [23 / 12, -16 / 12, 5 / 12], 4: [55 / 24, -59 / 24, 37 / 24, -9 / 24]}
-        x, kept = self.x, []
-        for (_, (a, b)), (_, (c, d)) in pairwise(levels(VP(), 9)):
-            kept = [self.law.pair(x, (a, b)).eps, *kept][:4]
-            eps = sum(w * one for w, one in zip(weights[len(kept)], kept, strict=True))
-            x = c * (x - b * eps) / a + d * eps
-        torch.testing.assert_close(self.run(VP(), Multistep(EPS(), "t", 4), 9), x, rtol=1e-10, atol=1e-10)
-
-
-def test_weights_are_the_published_literals():
-    assert np.allclose(np.array(mean_weights([3, 2, 1, 0], 3, 4)) * 24, [55, -59, 37, -9])
-    for r in (0.3, 1.0, 2.5):  # previous step over this one, in log-SNR
-        assert np.allclose(mean_weights([0.0, -r], 0, 1), [1 + 1 / (2 * r), -1 / (2 * r)])
-
-
-class Fixed:
-    """Fresh noise of one value."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def normal(self, shape, stream=0):
-        return torch.full((1, *shape), float(self.value))
+    @pytest.mark.parametrize("order", [2, 3])
+    def test_dpm_solver(self, order):
+        """Lu et al. 2022, arXiv 2206.00927, algorithms 1 and 2, with r₁ = 1/2; r₁ = 1/3 and r₂ = 2/3."""
+        found = walk(at(self.law), self.x, levels(VP(), 6), SingleStep(EPS(), order), VP())
+        torch.testing.assert_close(found, self.dpm(order), rtol=1e-8, atol=1e-8)
 
 
-def affine(denoise, pair_of_levels, renoise, law=LAW):
-    """The step of linear-Gaussian data is A·x + b + c·z; read A, b, c off three runs of it."""
-
-    def run(x, z):
-        x = torch.full((1, 1), x, dtype=torch.float64)
-        return sample(denoise, x, pair_of_levels, FirstOrder(), renoise=renoise, noise=Fixed(z)).item()
-
-    b = run(0.0, 0)
-    return run(1.0, 0) - b, b, run(0.0, 1) - b
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_ancestral_is_the_ddpm_posterior(schedule):
-    """q(x_s | x_t, x₀) by conditioning the joint Gaussian of a Markov chain, as matrices."""
-    schedule, x0 = SCHEDULES[schedule], -0.8
-    for t, s in ((0.9, 0.7), (0.5, 0.1)):
-        high, low = (Level(time(one), schedule(time(one))) for one in (t, s))
-        (a, b), (c, d) = ([part.item() for part in level.row] for level in (high, low))
-        r = a / c
-        build = np.array([[d, 0], [r * d, math.sqrt(b**2 - (r * d) ** 2)]])  # (x_s, x_t) - mean, from two unit noises
-        covariance = build @ build.T
-        gain = covariance[0, 1] / covariance[1, 1]
-        variance = covariance[0, 0] - gain * covariance[1, 0]
-        point = Gaussian(x0, 0.0)
-        found = affine(at(schedule, point), (high, low), Ancestral(1.0))
-        assert found == pytest.approx((gain, c * x0 - gain * a * x0, math.sqrt(variance)), rel=1e-6)
-        none = affine(at(schedule, point), (high, low), Ancestral(0.0))
-        assert none == pytest.approx(affine(at(schedule, point), (high, low), Keep()), abs=1e-12)
-
-
-@pytest.mark.parametrize("eta", [0.3, 1.0])
-def test_eta_is_that_of_the_paper(eta):
-    """Song et al. 2021, eq. 16: σ(η) = η √((1-ᾱ')/(1-ᾱ)) √(1 - ᾱ/ᾱ')."""
-    (_, (a, b)), (_, (c, d)) = high, low = levels(VP(), 1)
-    wanted = eta * torch.sqrt((1 - c**2) / (1 - a**2)) * torch.sqrt(1 - a**2 / c**2)
-    assert affine(at(VP()), (high, low), Ancestral(eta))[2] == pytest.approx(wanted.item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("eta", [0.5, 1.0])
-def test_stochastic_samples_have_the_moments_of_the_data(schedule, eta):
-    """Mean and variance carried through the affine steps, with no sampling error: they converge at first order."""
-    schedule, errors = SCHEDULES[schedule], []
-    for steps in (100, 200):
-        grid = levels(schedule, steps)
-        (a, b), (c, d) = grid[0].row, grid[-1].row
-        mean, variance = (a * LAW.means[0]).item(), ((a * LAW.std) ** 2 + b**2).item()
-        for leg in pairwise(grid):
-            slope, shift, fresh = affine(at(schedule), leg, Ancestral(eta))
-            mean, variance = slope * mean + shift, slope**2 * variance + fresh**2
-        wanted = math.sqrt((c * LAW.std) ** 2 + d**2)
-        assert mean == pytest.approx((c * LAW.means[0]).item(), abs=0.02)
-        errors.append(abs(math.sqrt(variance) / wanted - 1))
-    assert errors[1] < 0.02
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.25)
-
-
-def test_full_renoise_is_multistep_consistency_sampling():
-    """Song et al. 2023, algorithm 1: x <- f(α x + σ z, τ); the exact f gives the data's law."""
-    schedule, noise = Linear(), Noise(range(4000))
-    grid = one_of_each(Grid)["uniform"].levels(schedule, 4)
-    x = noise.normal((1,), Stream.START).double()
-
-    def f(x, t, cond=None):
-        return LAW.clean(x, schedule(t))
-
-    wanted = f(x, grid[0].t).x0
-    for index, (t, (a, b)) in enumerate(grid[1:-1]):
-        z = noise.normal((1,), Stream.RENOISE + index).double()
-        wanted = f(a * wanted + b * z, t).x0
-    found = sample(f, x, grid, FirstOrder(), renoise=Full(), noise=noise)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
-    assert found.mean().item() == pytest.approx(0.7, abs=4 * 0.4 / math.sqrt(4000))
-    assert found.std().item() == pytest.approx(0.4, rel=0.05)
-
-
-@pytest.mark.parametrize("renoise", [Ancestral(1.0), Full()])
-def test_fresh_noise_needs_a_noise(renoise):
-    grid = levels(VP(), 2)
-    with pytest.raises(ConfigError, match="give sample\\(\\) a Noise"):
-        sample(at(VP()), start(grid[0]), grid, FirstOrder(), renoise=renoise)
-
-
-def test_renoise_keeps_the_noise_standard():
-    for renoise in one_of_each(Renoise).values():
-        share = [renoise.share(high.row, low.row) for high, low in pairwise(levels(VP(), 8))]
-        assert all(0 <= rho <= 1 for rho in share)
-
-
-@pytest.mark.parametrize("refused", [lambda: Heun(V()), lambda: Multistep(V()), lambda: Multistep(order=5)])
-def test_a_frame_must_not_depend_on_time(refused):
+@pytest.mark.parametrize(
+    "refused", [lambda: Heun(V()), lambda: SingleStep(V()), lambda: SingleStep(order=4), lambda: Churn(amount=-1)]
+)
+def test_impossible_solvers_are_refused(refused):
     with pytest.raises(ConfigError, match="wanted"):
         refused()
 
 
-def test_log_snr_grid_is_even_and_karras_is_eq_5():
-    grids = one_of_each(Grid)
-    clock = torch.stack([log_snr(level.row) for level in grids["log_snr"].levels(VP(), 9)[:-1]])
-    torch.testing.assert_close(clock.diff(), clock.diff()[:1].expand(8), rtol=1e-6, atol=1e-6)
-    karras = type(grids["karras"])(rho=7.0, last=0.0).levels(VE(), 18)
-    i = np.arange(18)
-    wanted = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
-    assert np.allclose([level.row.b for level in karras[:-1]], wanted, rtol=1e-6)
+def test_an_order_the_grid_cannot_carry_is_refused_when_it_is_built():
+    for solver, fewest in ((Multistep(order=3), 3), (SOLVERS["unipc 2"], 2), (Churn(Multistep(order=4)), 4)):
+        Sampling(fewest, solver)
+        with pytest.raises(RefusedError, match=f"steps {fewest - 1}: .* needs {fewest} readings"):
+            Sampling(fewest - 1, solver)
 
 
-@pytest.mark.parametrize("grid", one_of_each(Grid))
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_grids_start_at_first_fall_and_end_clean(schedule, grid):
-    for first, steps in ((first, steps) for first in (1.0, 0.9) for steps in (1, 2, 5, 50)):
-        found = one_of_each(Grid)[grid].levels(SCHEDULES[schedule], steps, first)
-        t = torch.stack([level.t for level in found])
-        assert len(found) == steps + 1 and t[0] == first and (t.diff() < 0).all()
-        assert found[-1].clean and found[-1].row.a == 1
-        assert not any(level.clean for level in found[:-1])
+def test_a_network_that_answers_with_its_own_input_is_not_overwritten():
+    class Echo(torch.nn.Module):
+        def forward(self, x, c, cond=None):
+            return x
+
+    denoiser = Denoiser(Echo(), VP(), EPS(), scale=Plain())
+    path = levels(VP(), 5)
+    x = start(path[0])
+    with torch.no_grad():
+        quick = sample(denoiser, x, path, FirstOrder())
+    torch.testing.assert_close(quick, sample(denoiser, x, path, FirstOrder()), rtol=0, atol=1e-12)
+    assert torch.equal(x, start(path[0]))

@@ -1,0 +1,1 @@
+"""Conformance: every combination the library can build, against closed forms: `make conformance`."""
