@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TIMES := .inkwell/demo.times
 .DEFAULT_GOAL := help
-.PHONY: help demo test up down lock
+.PHONY: help demo test bench conformance up down lock
 
 help: ## print this
 	@echo "Inkwell: train, distil, judge and serve diffusion models as one versioned pipeline"
@@ -23,6 +23,12 @@ test: .venv/.stamp ## fresh clone to tested: lint, format, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+bench: .venv/.stamp ## measure beside the peer packages (B=name for one) and rewrite docs/benchmarks.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks $(B)
+
+conformance: .venv/.stamp ## hold every schedule, target, solver and guide against closed forms; rewrites docs/conformance.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance
 
 up: .venv/.stamp ## start MLflow, Ray and the endpoint on this machine; prints their addresses
 	@$(BIN)/python -m infra.local.platform up

@@ -27,7 +27,7 @@ def test_plain_inversion_converges_at_first_order(schedule):
         :, None
     ]  # between the modes paths part, and errors with them
     for steps in (200, 400):
-        levels = path(schedule, steps)
+        levels = path(schedule, steps, 0.6)
         errors.append((sample(reader, invert(reader, x, levels), levels, FirstOrder()) - x).abs().max().item())
     assert errors[1] < 0.05
     assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.2)

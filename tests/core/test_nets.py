@@ -8,6 +8,7 @@ from torch import nn
 
 from diffusion_core.errors import ConfigError
 from diffusion_core.nets import NetSpec
+from diffusion_core.nets.blocks import attend
 from diffusion_core.nets.dit import Block, DiT
 from diffusion_core.nets.embed import LabelEmbedding, Sinusoids, grid_positions
 from diffusion_core.nets.mmdit import MMDiT
@@ -153,3 +154,23 @@ def test_class_names():
         names.label("hors")
     with pytest.raises(ConfigError, match="allowed: Dog, cat, horse"):
         names.label("")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_written_out_is_sdpa(masked):
+    """Trained in bfloat16 on a processor attention is written out; values and gradients are SDPA's to rounding."""
+    draws = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 12, 16, generator=draws, dtype=torch.bfloat16) for _ in range(3))
+    mask = (torch.rand(2, 1, 1, 12, generator=draws) < 0.7) if masked else None
+    if masked:
+        mask[..., 0] = True
+    plain = attend(q, k, v, 2, mask)  # asks for no gradient: SDPA
+    assert plain.dtype == torch.bfloat16
+    trained = [part.clone().requires_grad_() for part in (q, k, v)]
+    found = attend(*trained, 2, mask)
+    torch.testing.assert_close(found, plain, rtol=0.02, atol=0.02)
+    wide = [part.float().requires_grad_() for part in (q, k, v)]  # SDPA again, in float32
+    attend(*wide, 2, mask).square().sum().backward()
+    found.float().square().sum().backward()
+    for one, other in zip(trained, wide, strict=True):
+        torch.testing.assert_close(one.grad.float(), other.grad, rtol=0.1, atol=0.05)

@@ -22,7 +22,7 @@ X = torch.randn(50, 1, dtype=torch.float64, generator=torch.Generator().manual_s
 
 @pytest.mark.parametrize("schedule", [VE(), Edm()], ids=["ve", "edm"])
 def test_churn_is_edm_algorithm_2(schedule):
-    """Karras et al. 2022: γ = min(S_churn/N, √2 - 1) where S_tmin <= σ <= S_tmax; σ̂ = (1 + γ)σ; x̂ = x + √(σ̂² - σ²)Sz."""
+    """Karras et al. 2022: γ = min(S_churn/N, √2 - 1) where S_tmin <= σ <= S_tmax; σ̂ = (1 + γ)σ."""
     path = schedule.levels([0.9, 0.7, 0.5, 0.3])
     amount, low, high, inflate = 0.6, 0.3, 60.0, 1.01
     noises = torch.randn(3, *X.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
