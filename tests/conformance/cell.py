@@ -25,7 +25,8 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        return " / ".join((self.table, self.schedule, self.row, self.column))
+        refused = " (below pure noise, where it is refused)" if self.refused else ""
+        return f"{self.table} / {self.schedule} / {self.row} / {self.column}{refused}"
 
 
 def decade(difference: float) -> float:

@@ -134,5 +134,3 @@ def walked(levels: Sequence[Level], walks: int, snr: float) -> tuple[float, floa
         gain = (c * a * LAW.std**2 + d * b) / law
         off, variance = gain * off, gain**2 * variance
     return law_at(levels[-1])[0] + off, math.sqrt(variance)
-
-

@@ -9,6 +9,7 @@ from torch import nn
 
 from diffusion_core import bundle, manifest
 from diffusion_core.bundle import Bundle, DenoiserSpec
+from diffusion_core.codec import Pixel
 from diffusion_core.errors import ConfigError, IntegrityError
 from diffusion_core.grid import Grid
 from diffusion_core.multistep import Multistep
@@ -150,3 +151,19 @@ def test_defaults_change_within_what_the_model_can_do():
         "ancestral": 3,
         "full": 4,
     }
+
+
+def test_a_denoiser_that_does_not_fit_its_codec_is_refused_when_it_is_put_together():
+    fits, shape = make(), (3, 8, 8)
+    with pytest.raises(ConfigError, match="the denoiser takes 2 channels; the codec 'pixel' makes 3 of pictures of 3"):
+        Bundle(Pixel(), CodecSpec("pixel"), fits.denoiser, fits.denoiser_spec, fits.sampling, fits.classes, shape)
+
+
+def test_a_learned_variance_is_a_second_answer_of_the_network():
+    denoiser = build(DenoiserSpec, DENOISER | {"variance": "learned"}, "denoiser").build()
+    for weight in denoiser.parameters():
+        nn.init.normal_(weight, std=0.1)
+    x = torch.randn(2, 2, 4, 4)
+    pair = denoiser(x, torch.tensor(0.5), None)
+    assert pair.x0.shape == pair.spread.shape == x.shape and pair.spread.std() > 0
+    assert make().denoiser(x, torch.tensor(0.5), None).spread is None

@@ -98,7 +98,7 @@ def recalling(samples: Samples, **sampling: Any) -> Bundle:
         Pixel(),
         CodecSpec("pixel"),
         Denoiser(net, Linear(), X0()),
-        create_autospec(DenoiserSpec, instance=True),
+        create_autospec(DenoiserSpec, instance=True, channels=1),
         Sampling(**{"steps": 1} | sampling),
         tuple("0123456789"),
         shape,
