@@ -62,6 +62,7 @@ from diffusion_core.nets import NetSpec
 from diffusion_core.nets.concatenated import Concatenated
 from diffusion_core.nets.dit import DiT
 from diffusion_core.nets.edm2 import Edm2
+from diffusion_core.nets.lean import Lean
 from diffusion_core.nets.lora import add_lora, load_lora, lora_state, merge_lora, remove_lora
 from diffusion_core.nets.mmdit import MMDiT
 from diffusion_core.nets.unet import UNet
@@ -153,6 +154,7 @@ __all__ = [
     "Langevin",
     "LdmVae",
     "Leading",
+    "Lean",
     "Learned",
     "Level",
     "Linear",

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from diffusion_core.nets.dit import DiT
 from diffusion_core.nets.edm2 import Edm2
+from diffusion_core.nets.lean import Lean
 from diffusion_core.nets.mmdit import MMDiT
 from diffusion_core.nets.unet import UNet
 from diffusion_core.nets.uvit import UViT
@@ -18,4 +19,11 @@ from diffusion_core.spec import Blueprint
 class NetSpec(Blueprint):
     """A network not yet built."""
 
-    known: ClassVar[Mapping[str, type]] = {"dit": DiT, "edm2": Edm2, "mmdit": MMDiT, "unet": UNet, "uvit": UViT}
+    known: ClassVar[Mapping[str, type]] = {
+        "dit": DiT,
+        "edm2": Edm2,
+        "lean": Lean,
+        "mmdit": MMDiT,
+        "unet": UNet,
+        "uvit": UViT,
+    }

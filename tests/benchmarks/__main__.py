@@ -6,9 +6,14 @@ from pathlib import Path
 
 from diffusion_core.errors import suggest
 from tests import measured
-from tests.benchmarks import guidance, sampling
+from tests.benchmarks import guidance, lean, sampling, training
 
-SUITES = {"sampling": sampling.figures, "guidance": guidance.figures}
+SUITES = {
+    "sampling": sampling.figures,
+    "guidance": guidance.figures,
+    "training": training.figures,
+    "lean": lean.figures,
+}
 PAGE, TWIN = measured.ROOT / "docs" / "benchmarks.md", measured.ROOT / "docs" / "benchmarks.json"
 INTRO = """\
 # Benchmarks

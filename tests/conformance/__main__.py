@@ -1,42 +1,25 @@
 """Run every combination, one schedule after another on two processes, and write docs/conformance.md and its twin."""
 
 import sys
-from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-import torch
-
 from diffusion_core.schedule import Schedule
-from diffusion_core.solver import Solver
 from tests import measured
-from tests.conformance import distillers, guides, landings, moments, orders, page
+from tests.conformance import page
 from tests.conformance.cell import Cell
-from tests.conformance.solvers import SOLVERS
-from tests.core.oracle import one_of_each
+from tests.conformance.examine import examine
 
 PAGE, TWIN = measured.ROOT / "docs" / "conformance.md", measured.ROOT / "docs" / "conformance.json"
 COMMAND = "make conformance"
 PROCESSES = 2
 
 
-def examine(name: str, solvers: Mapping[str, Solver] = SOLVERS) -> list[Cell]:
-    """Every cell of one schedule."""
-    torch.set_num_threads(1)
-    schedule = one_of_each(Schedule)[name]
-    return [
-        *orders.cells(name, schedule, solvers),
-        *landings.cells(name, schedule, solvers),
-        *guides.cells(name, schedule),
-        *moments.cells(name, schedule),
-        *distillers.cells(name, schedule),
-    ]
-
-
 def main() -> int:
     """The exit code: 1 if a figure misses its bound."""
     cells = list[Cell]()
-    with get_context("spawn").Pool(PROCESSES) as pool:
-        for found in pool.imap(examine, Schedule.kinds()):
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
+        for found in pool.map(examine, Schedule.kinds()):
             cells += found
             figures, refused, missed, farthest = page.summary(found)
             print(f"{found[0].schedule}: {figures} figures, {refused} refused, {missed} missed; {farthest}", flush=True)

@@ -34,18 +34,15 @@ Answer = Callable[[Tensor, Tensor, Condition | None], Pair]
 
 def cells(name: str, schedule: Schedule) -> Iterator[Cell]:
     """The root of the loss that is left to progressive distillation, and the order at which consistency's falls."""
-    teacher: Answer = lambda x, t, cond: LAW.pair(x, schedule(t))
-    exactly: Answer = lambda x, t, cond: LAW.clean(x, schedule(t))
 
     def reader(answer: Answer) -> Answering:
         return Answering(schedule, answer, first=FIRST)
 
-    left = loss(Progressive(reader(two_steps(schedule)), reader(teacher), STEPS, Flat()))
+    teacher = reader(lambda x, t, cond: LAW.pair(x, schedule(t)))
+    exactly = reader(lambda x, t, cond: LAW.clean(x, schedule(t)))
+    left = loss(Progressive(reader(two_steps(schedule)), teacher, STEPS, Flat()))
     yield exact("distillers", name, "progressive", "loss", math.sqrt(left), CLOSE)
-    far = [
-        loss(ConsistencyDistillation(reader(exactly), reader(teacher), Consistency(pieces, pieces), 1))
-        for pieces in (COARSE, FINE)
-    ]
+    far = [loss(ConsistencyDistillation(exactly, teacher, Consistency(pieces, pieces), 1)) for pieces in (COARSE, FINE)]
     found = math.log(far[0] / far[1]) / 2 / math.log(FINE / COARSE)
     yield slope("distillers", name, "consistency", "loss", found, 3, WITHIN)
 

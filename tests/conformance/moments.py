@@ -23,6 +23,7 @@ from diffusion_core.solver import FirstOrder, Heun, Solver
 from diffusion_core.stochastic import Churn, Langevin
 from tests.conformance.cell import Cell, exact, slope
 from tests.core.oracle import Answering, Gaussian
+from tests.core.paths import levels
 
 LAW = Gaussian(0.7, 0.4)
 HIGH, LOW = 0.8, 0.2
@@ -53,17 +54,17 @@ class Rows:
         return drawn
 
 
-def landed(reader: Reader, levels: Sequence[Level], solver: Solver, renoise: Renoise) -> tuple[float, float]:
+def landed(reader: Reader, path: Sequence[Level], solver: Solver, renoise: Renoise) -> tuple[float, float]:
     """Mean and standard deviation at the last level of samples that have the law's at the first."""
-    count = 2 + 2 * len(levels)  # no case here draws more than twice a step
+    count = 2 + 2 * len(path)  # no case here draws more than twice a step
     x = torch.zeros(count, 1, dtype=torch.float64)
     x[1] = 1.0
     rows = Rows(count)
-    found = sample(reader, x, levels, solver, renoise=renoise, noise=rows)[:, 0]  # type: ignore[arg-type]
+    found = sample(reader, x, path, solver, renoise=renoise, noise=rows)[:, 0]  # type: ignore[arg-type]
     if 2 + len(rows.drawn) > count:
-        raise ConfigError(f"{len(rows.drawn)} draws in {len(levels)} levels; at most {count - 2} are wanted")
+        raise ConfigError(f"{len(rows.drawn)} draws in {len(path)} levels; at most {count - 2} are wanted")
     shift, of_sample, *of_noise = [found[0], *(found[1:] - found[0])]
-    mean, std = law_at(levels[0])
+    mean, std = law_at(path[0])
     variance = (of_sample * std) ** 2 + sum(one**2 for one in of_noise)
     return (of_sample * mean + shift).item(), math.sqrt(variance.item())
 
@@ -74,18 +75,14 @@ def law_at(level: Level) -> tuple[float, float]:
     return a * LAW.means[0], math.hypot(a * LAW.std, b)
 
 
-def distance(found: tuple[float, float], wanted: tuple[float, float]) -> float:
-    return math.dist(found, wanted)
-
-
 def cells(name: str, schedule: Schedule) -> Iterator[Cell]:
     """The order at which what converges does, and the distance of what must be exact in any number of steps."""
     posterior = Answering(schedule, lambda x, t, cond: LAW.pair(x, schedule.level(t).row))
     for row, (solver, renoise, order) in CONVERGE.items():
         far = []
         for steps in (COARSE, FINE):
-            levels = schedule.levels([HIGH + (LOW - HIGH) * step / steps for step in range(steps + 1)])
-            far.append(distance(landed(posterior, levels, solver, renoise), law_at(levels[-1])))
+            path = levels(schedule, steps, HIGH, LOW)
+            far.append(math.dist(landed(posterior, path, solver, renoise), law_at(path[-1])))
         yield slope("fresh noise", name, row, "law", math.log2(far[0] / far[1]), order, WITHIN)
     down, back_up = (schedule.levels(times) for times in ((HIGH, 0.5, 0.4, LOW), UP_AND_DOWN))
     consistency = Answering(schedule, lambda x, t, cond: LAW.clean(x, schedule.level(t).row))
@@ -96,16 +93,16 @@ def cells(name: str, schedule: Schedule) -> Iterator[Cell]:
         (EXACT[3], landed(posterior, down, Langevin(FirstOrder(), 2, 0.3), Keep()), walked(down, 2, 0.3)),
     )
     for row, found, wanted in runs:
-        yield exact("fresh noise", name, row, "law", distance(found, wanted), CLOSE)
+        yield exact("fresh noise", name, row, "law", math.dist(found, wanted), CLOSE)
 
 
-def knowing_spread(schedule: Schedule, levels: Sequence[Level]) -> Reader:
+def knowing_spread(schedule: Schedule, path: Sequence[Level]) -> Reader:
     """The posterior mean, and the spread by which q(xₛ | xₜ) of Gaussian data has its variance, so is exact.
 
     Var[xₛ | xₜ] by conditioning the joint law of (xₛ, xₜ); the bounds are β̃ = σₛ²β/σₜ² and β = σₜ² - (αₜ/αₛ)²σₛ².
     """
     spreads = {}
-    for high, low in pairwise(levels):
+    for high, low in pairwise(path):
         if low.t > high.t:
             continue
         (a, b), (c, d) = high.row, low.row
@@ -121,16 +118,14 @@ def knowing_spread(schedule: Schedule, levels: Sequence[Level]) -> Reader:
     return Answering(schedule, answer)
 
 
-def walked(levels: Sequence[Level], walks: int, snr: float) -> tuple[float, float]:
+def walked(path: Sequence[Level], walks: int, snr: float) -> tuple[float, float]:
     """Mean and deviation after DDIM with walks: x <- x + ε·score + √(2ε)·z keeps the mean and turns V into
     (1 - ε/V')²V + 2ε, V' the law's variance there; a step of DDIM scales what is off the mean."""
-    off, variance = 0.0, law_at(levels[0])[1] ** 2
-    for high, low in pairwise(levels):
+    variance = law_at(path[0])[1] ** 2
+    for high, low in pairwise(path):
         (a, b), (c, d) = high.row, low.row
-        law = law_at(high)[1] ** 2
-        size = 2 * (snr * b) ** 2
+        law, size = law_at(high)[1] ** 2, 2 * (snr * b) ** 2
         for _ in range(walks):
-            off, variance = (1 - size / law) * off, (1 - size / law) ** 2 * variance + 2 * size
-        gain = (c * a * LAW.std**2 + d * b) / law
-        off, variance = gain * off, gain**2 * variance
-    return law_at(levels[-1])[0] + off, math.sqrt(variance)
+            variance = (1 - size / law) ** 2 * variance + 2 * size
+        variance *= ((c * a * LAW.std**2 + d * b) / law) ** 2
+    return law_at(path[-1])[0], math.sqrt(variance)

@@ -7,7 +7,7 @@ it does by itself, from one reading on, is measured beside it.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from torch import Tensor
 from diffusion_core.discrete import Betas, ZeroTerminal
 from diffusion_core.multistep import Multistep, UniPC
 from diffusion_core.pair import mix
-from diffusion_core.schedule import Schedule
+from diffusion_core.schedule import Level, Schedule
 from diffusion_core.solver import FRAMES, Kept, Memory, SingleStep, Solver
 from diffusion_core.walk import walk
 from tests.conformance.cell import Cell, slope
 from tests.core.oracle import Mixture
+from tests.core.paths import at, levels
 
 LAW = Mixture((-0.8, 0.9), (0.4, 0.6), 0.6)
 MEAN, STD = 0.22, 1.03  # of that law
@@ -36,19 +37,16 @@ def starts(level: tuple[float, float]) -> Tensor:
 
 def error(solver: Solver, schedule: Schedule, steps: int, seeded: bool) -> float:
     """How far a path of so many steps lands from the exact flow."""
-    levels = schedule.levels([HIGH + (LOW - HIGH) * step / steps for step in range(steps + 1)])
-    x, known = starts(levels[0].row), 0
-    memory = Memory()
-    if seeded and isinstance(solver, Multistep | UniPC):
-        known = solver.order
-        at = [LAW.flow(x, levels[0].row, level.row) for level in levels[: known + 1]]
-        read = [mix(LAW.pair(y, level.row), FRAMES[solver.frame]) for y, level in zip(at, levels, strict=False)]
-        kept = [Kept(level, reading) for level, reading in zip(levels[:known], read, strict=False)]
-        memory, y = Memory(tuple(reversed(kept))), at[known]
-    else:
-        y = x
-    found = walk(lambda z, level: LAW.pair(z, level.row), y, levels[known:], solver, schedule, memory=memory)
-    return (found - LAW.flow(x, levels[0].row, levels[-1].row)).square().mean().sqrt().item()
+    path = levels(schedule, steps, HIGH, LOW)
+    first = starts(path[0].row)
+
+    def exact(level: Level) -> Tensor:
+        return LAW.flow(first, path[0].row, level.row)
+
+    known = solver.order if seeded and isinstance(solver, Multistep | UniPC) else 0
+    kept = [Kept(level, mix(at(LAW)(exact(level), level), FRAMES[solver.frame])) for level in path[:known]]
+    found = walk(at(LAW), exact(path[known]), path[known:], solver, schedule, memory=Memory(tuple(reversed(kept))))
+    return (found - exact(path[-1])).square().mean().sqrt().item()
 
 
 def measured(solver: Solver, schedule: Schedule, seeded: bool) -> float:
@@ -63,7 +61,7 @@ def steps_of(schedule: Schedule) -> int:
     return round((HIGH - LOW) * len(chain.table())) if isinstance(chain, Betas) else FINE
 
 
-def cells(name: str, schedule: Schedule, solvers: dict[str, Solver]) -> Iterator[Cell]:
+def cells(name: str, schedule: Schedule, solvers: Mapping[str, Solver]) -> Iterator[Cell]:
     """The order of each solver beside the one it states, and that without exact starting values, which is only told."""
     for row, solver in solvers.items():
         stated = solver.order_on(schedule)

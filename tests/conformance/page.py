@@ -1,5 +1,6 @@
 """The page: for every schedule a table of all solvers and targets, then guides, fresh noise and distillers."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from tests.conformance.cell import SHOWN, Cell
@@ -46,7 +47,9 @@ def page(cells: Sequence[Cell], line: str) -> str:
         title, _, text = head.partition(": ")
         some = {(cell.row, cell.schedule): shown(cell) for cell in cells if cell.table == table}
         rows = [[row, *(some[row, schedule] for schedule in schedules)] for row in _unique(row for row, _ in some)]
-        parts.append(f"\n## {title}\n\n{text[0].upper()}{text[1:]}\n\n{_table(['', *schedules], rows)}")
+        parts.append(
+            f"\n## {title}\n\n{textwrap.fill(text[0].upper() + text[1:], 120)}\n\n{_table(['', *schedules], rows)}"
+        )
     sentences = {(cell.row, cell.column): cell.refused for cell in reversed(cells) if cell.refused}
     said = "\n".join(f"- {sentence}" for sentence in _unique(reversed(sentences.values())))
     return "\n".join(parts) + f"\n\n## Refused\n\nIn the words of the first schedule each stands on:\n\n{said}\n"

@@ -1,4 +1,5 @@
-"""What the tests of solvers share: named solvers, grids inside a schedule, and the posterior means of a law."""
+"""What the tests of solvers share: every solver by the names of its papers, grids inside a schedule, and the posterior
+means of a law."""
 
 import torch
 
@@ -9,22 +10,32 @@ from tests.core.oracle import Gaussian
 
 LAW = Gaussian(0.7, 0.4)
 SOLVERS = {
-    "first_order": FirstOrder(),
-    "heun x0": Heun(X0()),
-    "heun eps": Heun(EPS()),
-    "heun flow": Heun(FLOW()),
-    "dpm 2": SingleStep(EPS(), 2),
-    "dpm 3": SingleStep(EPS(), 3),
-    "dpm++ 2s": SingleStep(X0(), 2),
-    "dpm++ 2m": Multistep(),
-    "dpm++ 3m": Multistep(order=3, exact=True),
-    "lms": Multistep(EPS(), "ratio", 2),
-    "adams-bashforth flow": Multistep(FLOW(), "t", 2),
-    "plms": Multistep(EPS(), "t", 4, start="heun"),
-    "ipndm": Multistep(EPS(), "step", 4),
-    "unipc 2": UniPC(2),
-    "unipc 3": UniPC(3),
+    "DDIM, Euler": FirstOrder(),
+    "Heun (EDM)": Heun(EPS()),
+    "Heun, x0": Heun(X0()),
+    "Heun, flow": Heun(FLOW()),
+    "DPM-Solver-2": SingleStep(EPS(), 2),
+    "DPM-Solver-3": SingleStep(EPS(), 3),
+    "DPM-Solver++(2S)": SingleStep(X0(), 2),
+    "DPM-Solver++(3S)": SingleStep(X0(), 3),
+    "single-step 3, flow": SingleStep(FLOW(), 3),
+    "DPM-Solver++(2M)": Multistep(),
+    "DPM-Solver++(2M), exact": Multistep(X0(), "log_snr", 2, exact=True),
+    "DPM-Solver++(3M)": Multistep(X0(), "log_snr", 3, exact=True),
+    "multistep 3, eps": Multistep(EPS(), "log_snr", 3, exact=True),
+    "multistep 3, flow": Multistep(FLOW(), "log_snr", 3, exact=True),
+    "PNDM (PLMS)": Multistep(EPS(), "t", 4, start="heun"),
+    "iPNDM": Multistep(EPS(), "step", 4),
+    "LMS-2": Multistep(EPS(), "ratio", 2),
+    "LMS-3": Multistep(EPS(), "ratio", 3),
+    "LMS-4": Multistep(EPS(), "ratio", 4),
+    "Adams-Bashforth-2, flow": Multistep(FLOW(), "t", 2),
+    "Adams-Bashforth-4, flow": Multistep(FLOW(), "t", 4),
+    "UniPC-1": UniPC(1),
+    "UniPC-2": UniPC(2),
+    "UniPC-3": UniPC(3),
 }
+STUCK = {"Heun (EDM)", "DPM-Solver-2", "DPM-Solver-3", "PNDM (PLMS)"}  # average noise over a step out of pure noise
 
 
 def levels(schedule, steps, start=0.8, end=0.2):

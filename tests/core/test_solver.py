@@ -45,7 +45,7 @@ def test_lands_on_the_exact_flow_at_its_order(schedule, solver):
         assert math.log2(errors[0] / errors[1]) >= least - 0.25
 
 
-LEAVERS = [FirstOrder(), Heun(X0()), Heun(FLOW()), SingleStep(X0(), 2), SingleStep(X0(), 3), SOLVERS["unipc 2"]] + [
+LEAVERS = [FirstOrder(), Heun(X0()), Heun(FLOW()), SingleStep(X0(), 2), SingleStep(X0(), 3), SOLVERS["UniPC-2"]] + [
     Multistep(frame, clock, 3) for frame in (X0(), EPS(), FLOW()) for clock in ("t", "log_snr", "ratio", "step")
 ]
 
@@ -69,7 +69,7 @@ def test_is_finite_from_pure_noise_to_clean(solver, schedule):
                 assert (found - LAW.means[0]).abs().max() < 12 * LAW.std, (grid, steps)
 
 
-@pytest.mark.parametrize("solver", [Heun(EPS()), SingleStep(EPS(), 2), SOLVERS["plms"]])
+@pytest.mark.parametrize("solver", [Heun(EPS()), SingleStep(EPS(), 2), SOLVERS["PNDM (PLMS)"]])
 def test_held_noise_cannot_leave_pure_noise(solver):
     for schedule in (SCHEDULES[name] for name in PURE_NOISE):
         path = one_of_each(Grid)["uniform"].levels(schedule, 4)
@@ -170,7 +170,7 @@ def test_impossible_solvers_are_refused(refused):
 
 
 def test_an_order_the_grid_cannot_carry_is_refused_when_it_is_built():
-    for solver, fewest in ((Multistep(order=3), 3), (SOLVERS["unipc 2"], 2), (Churn(Multistep(order=4)), 4)):
+    for solver, fewest in ((Multistep(order=3), 3), (SOLVERS["UniPC-2"], 2), (Churn(Multistep(order=4)), 4)):
         Sampling(fewest, solver)
         with pytest.raises(RefusedError, match=f"steps {fewest - 1}: .* needs {fewest} readings"):
             Sampling(fewest - 1, solver)

@@ -20,7 +20,7 @@ from tests.core.oracle import one_of_each
 from tests.core.paths import SOLVERS
 
 SCHEDULES, TARGETS = one_of_each(Schedule), one_of_each(Target)
-ALL = SOLVERS | {"churn": Churn(Heun(FLOW())), "langevin": Langevin(FirstOrder(), 2), "both": Churn(SOLVERS["unipc 2"])}
+ALL = SOLVERS | {"churn": Churn(Heun(FLOW())), "langevin": Langevin(FirstOrder(), 2), "both": Churn(SOLVERS["UniPC-2"])}
 RENOISE = {"keep": Keep(), "ancestral": Ancestral(0.7), "full": Full()}
 TIMES = (0.85, 0.7, 0.55, 0.4, 0.3, 0.2)
 
@@ -64,7 +64,7 @@ def test_a_first_order_step_is_one_call_and_one_sum():
     assert all(len(line.task.terms) == 2 for line in table.lines[1::2])
 
 
-@pytest.mark.parametrize("solver", ["dpm++ 2m", "plms", "unipc 3"])
+@pytest.mark.parametrize("solver", ["DPM-Solver++(2M)", "PNDM (PLMS)", "UniPC-3"])
 def test_sums_do_not_grow_with_the_steps(solver):
     levels = Uniform().levels(VP(), 60, 0.95)
     table = write(levels, SOLVERS[solver], Ancestral(1.0), VP(), TARGETS["v"])
@@ -82,11 +82,11 @@ def test_a_gradient_flows_through_the_whole_table():
     reader = Denoiser(Wavy(), VP(), X0(), scale=Plain())
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     path = (*VP().levels(TIMES), CLEAN)
-    (found,) = torch.autograd.grad(sample(reader, x, path, SOLVERS["dpm++ 2m"]).sum(), x)
+    (found,) = torch.autograd.grad(sample(reader, x, path, SOLVERS["DPM-Solver++(2M)"]).sum(), x)
     step = torch.zeros_like(x)
     step[1, 2] = 1e-6
     with torch.no_grad():
-        ends = [sample(reader, x + sign * step, path, SOLVERS["dpm++ 2m"]).sum() for sign in (1, -1)]
+        ends = [sample(reader, x + sign * step, path, SOLVERS["DPM-Solver++(2M)"]).sum() for sign in (1, -1)]
     assert found[1, 2].item() == pytest.approx((ends[0] - ends[1]).item() / 2e-6, rel=1e-5)
 
 
