@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusion_core.adapters.folder import WEIGHTS, class_of, filled, joined, read_folder, read_options, renamed
 from diffusion_core.errors import ConfigError, RefusedError, suggest
+from diffusion_core.nets import NetSpec
 from diffusion_core.nets.dit import STEP_WAVES, DiT
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
@@ -58,10 +59,11 @@ class Options:
     use_linear_projection: Literal[False] = False
 
 
-def read_dit(folder: Path, sha256: str | None = None) -> DiT:
-    """The network in a local folder, its weights checked against `sha256` (hex) if given; c is the timestep, 0..999.
+def read_dit(folder: Path, sha256: str | None = None) -> tuple[NetSpec, DiT]:
+    """The network of a folder and its spec; the weights' digest is checked against `sha256` if given.
 
-    Where the folder says so the output has 2C channels, the second half for a learned variance.
+    It is told a timestep: c in 0..999. Where the folder says so the output has 2C channels, the second half for a
+    learned variance.
     Raises ConfigError for an option that cannot be expressed, IntegrityError for weights that are torn, altered or do
     not fit the options, RefusedError if the blocks' embeddings differ.
     """
@@ -70,7 +72,7 @@ def read_dit(folder: Path, sha256: str | None = None) -> DiT:
         raise ConfigError(f"{folder}: _class_name is {named!r}; {suggest(named, CLASSES)}")
     given, tensors = read_folder(folder, named, sha256)
     options = read_options(Options, given, folder)
-    net = DiT(
+    spec = NetSpec("dit").extended(
         channels=options.in_channels,
         size=options.sample_size,
         classes=options.num_embeds_ada_norm,
@@ -85,6 +87,7 @@ def read_dit(folder: Path, sha256: str | None = None) -> DiT:
         eps=1e-6,
         mlp_eps=options.norm_eps,
     )
+    net: DiT = spec.build()
     parts = joined(_one_embedding(tensors, folder), ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "mix")
     ours = renamed(parts, dict(NAMES))
     ours |= {name: kernel.flatten(1) for name, kernel in ours.items() if kernel.ndim == 4}  # a map of patches
@@ -94,7 +97,7 @@ def read_dit(folder: Path, sha256: str | None = None) -> DiT:
     for name in ("leave.weight", "leave.bias"):
         rows = state[name].unflatten(0, (options.patch_size, options.patch_size, -1))  # theirs is (p, p, C)
         state[name].copy_(rows.movedim(2, 0).flatten(0, 2))
-    return net
+    return spec, net
 
 
 def _one_embedding(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:

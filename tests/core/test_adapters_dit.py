@@ -13,6 +13,7 @@ from diffusion_core.adapters.dit import read_dit
 from diffusion_core.adapters.folder import CONFIG, WEIGHTS
 from diffusion_core.errors import ConfigError, IntegrityError, RefusedError
 from diffusion_core.manifest import hash_file
+from diffusion_core.nets import NetSpec
 
 SIZES = {
     "num_attention_heads": 4,
@@ -68,7 +69,9 @@ def rewritten(folder, change):
     ],
 )
 def test_it_says_what_the_peer_says(tmp_path, sizes):
-    peer, net = written(tmp_path, **sizes), read_dit(tmp_path)
+    peer = written(tmp_path, **sizes)
+    spec, net = read_dit(tmp_path)
+    assert NetSpec.read(spec.spec(), "net") == spec
     x = torch.randn(5, peer.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         wanted = peer(x, STEPS, LABELS).sample
@@ -81,14 +84,14 @@ def test_the_timestep_is_told_to_the_last_bit(tmp_path):
     written(tmp_path)
     steps = torch.arange(1000.0)
     cosines, sines = get_timestep_embedding(steps, 256, flip_sin_to_cos=True, downscale_freq_shift=1).chunk(2, 1)
-    assert torch.equal(read_dit(tmp_path).level[0](steps), torch.cat((sines, cosines), 1))
+    assert torch.equal(read_dit(tmp_path)[1].level[0](steps), torch.cat((sines, cosines), 1))
 
 
 def test_folders_of_the_first_published_kind_are_read(tmp_path):
     written(tmp_path)
-    today = read_dit(tmp_path, sha256=hash_file(tmp_path / WEIGHTS)).state_dict()
+    today = read_dit(tmp_path, sha256=hash_file(tmp_path / WEIGHTS))[1].state_dict()
     changed(tmp_path, **OLD)
-    assert all(torch.equal(today[name], tensor) for name, tensor in read_dit(tmp_path).state_dict().items())
+    assert all(torch.equal(today[name], tensor) for name, tensor in read_dit(tmp_path)[1].state_dict().items())
 
 
 def test_blocks_with_different_embeddings_are_refused(tmp_path):
