@@ -6,7 +6,8 @@ picture, unless there is no such thing, which then must be refused with a senten
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from tests.core.paths import at
 STUCK = {"Heun (EDM)", "DPM-Solver-2", "DPM-Solver-3", "PNDM (PLMS)"}  # average noise over a step out of pure noise
 INSIDE = (0.8005, 0.6705, 0.5105, 0.3605, 0.2005)  # between the steps of a chain, where it has one slope
 WHOLE = (1.0, 0.7105, 0.4305, 0.1605)
+BELOW = 0.97  # a time below pure noise
 CLOSE = 1e-7  # the oracle's rates are differences, good to 1e-9
 
 
@@ -32,28 +34,32 @@ def cells(name: str, schedule: Schedule, solvers: Mapping[str, Solver]) -> Itera
     """The larger difference of the two paths for every solver and target."""
     inside, whole = schedule.levels(INSIDE), (*schedule.levels(WHOLE), CLEAN)
     for row, solver in solvers.items():
-        landing = loop(solver, schedule, inside)
         for target in Target.kinds():
-            due = name in PURE_NOISE and (target in BLIND or row in STUCK)
-            first = 0.97 if name in PURE_NOISE and target in BLIND else 1.0
-            off, refused = difference(through(target, solver, schedule, inside, first), landing), ""
-            try:
-                off = max(off, difference(through(target, solver, schedule, whole, 1.0), loop(solver, schedule, whole)))
-            except RefusedError as error:
-                refused = str(error)
-            if due != bool(refused):  # refused where it should not be, or not where it should
-                off = math.inf
+            off, _ = landed(target, solver, schedule, inside, BELOW)
+            further, refused = landed(target, solver, schedule, whole, 1.0)
+            if name in PURE_NOISE and (target in BLIND or row in STUCK):
+                off = off if refused else math.inf
+            else:
+                off = max(off, further)
             yield exact("solvers", name, row, target, off, CLOSE, refused)
 
 
-def loop(solver: Solver, schedule: Schedule, levels: Sequence[Level]) -> Tensor:
+def landed(target: str, solver: Solver, schedule: Schedule, path: tuple[Level, ...], first: float) -> tuple[float, str]:
+    """How far sampling with a network that says `target` lands from the readable loop with the law's own pair.
+
+    Infinite where it is refused, with the sentence.
+    """
+    try:
+        found = sample(perfect(LAW, schedule, target, first=first), starts(path[0].row), path, solver)
+        return difference(found, looped(solver, schedule, path)), ""
+    except RefusedError as error:
+        return math.inf, str(error)
+
+
+@lru_cache(2)  # the two paths of one solver, for all targets
+def looped(solver: Solver, schedule: Schedule, path: tuple[Level, ...]) -> Tensor:
     """Where the readable loop lands with the law's own pair."""
-    return walk(at(LAW), starts(levels[0].row), levels, solver, schedule)
-
-
-def through(target: str, solver: Solver, schedule: Schedule, levels: Sequence[Level], first: float) -> Tensor:
-    """Where sampling lands with a network that says `target`."""
-    return sample(perfect(LAW, schedule, target, first=first), starts(levels[0].row), levels, solver)
+    return walk(at(LAW), starts(path[0].row), path, solver, schedule)
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
