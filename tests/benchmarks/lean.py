@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from diffusion_core.adapters.unet import read_unet
-from diffusion_core.denoiser import Denoiser, Plain, StepNumber
+from diffusion_core.denoiser import Denoiser, Label, Plain, QuarterLogNoise, StepNumber
 from diffusion_core.discrete import LinearBetas
 from diffusion_core.nets.lean import Lean
 from diffusion_core.noise import Noise
@@ -40,16 +40,17 @@ def figures() -> Iterator[Figure]:
             _, peer = read_unet(Path(folder))
         torch.manual_seed(seed)
         lean = Lean(channels=1, size=8)
-        losses = [trained(net, images[~held], images[held], seed) for net in (lean, peer)]
+        told = ((lean, QuarterLogNoise()), (peer, StepNumber()))  # each what its embedding is made for
+        losses = [trained(net, label, images[~held], images[held], seed) for net, label in told]
         name = f"lean network, 1 M parameters at 8 px, validation loss of the peer's, seed {seed}"
         yield Figure(name, losses[0] / losses[1], "x", "<= 1", "diffusers UNet2DModel")
         yield Figure(f"lean network's validation loss, seed {seed}", losses[0], "")
         yield Figure(f"peer network's validation loss, seed {seed}", losses[1], "")
 
 
-def trained(net: nn.Module, images: Tensor, held: Tensor, seed: int) -> float:
+def trained(net: nn.Module, label: Label, images: Tensor, held: Tensor, seed: int) -> float:
     """The mean squared error of the noise said about held-out pictures, after training."""
-    denoiser = Denoiser(net, LinearBetas(), EPS(), scale=Plain(), label=StepNumber())
+    denoiser = Denoiser(net, LinearBetas(), EPS(), scale=Plain(), label=label)
     objective = Regression(denoiser, UniformTimes(), Flat(), drop_cond=0.0)
     plan = Plan(images=STEPS * BATCH, batch=BATCH, lr=3e-3, warm_up=100 * BATCH, seed=seed)
     order = Order(len(images), seed)
