@@ -23,7 +23,9 @@ SCHEDULES = one_of_each(Schedule)
 
 
 def test_every_solver_is_tried():
-    assert {type(one) for one in SOLVERS.values()} | {Churn, Langevin} == set(Solver.kinds().values())
+    assert {type(one) for one in SOLVERS.values()} | {Churn, Langevin} == {
+        made for made in Solver.kinds().values() if made.__module__.startswith("diffusion_core.")
+    }
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
