@@ -41,6 +41,7 @@ def test_the_shape_is_kept_and_the_first_word_is_zero(changes, side):
     x = normal(2, 3, *side)
     out = net(x, C[:2])
     assert out.shape == (2, changes.get("out_channels", 3), *side) and not out.any()
+    assert not net.steer(normal(2, net.steer.in_features)).any()  # FiLM's γ and β, so that it changes nothing
     assert awake(net)(x, C[:2]).abs().min() > 0
     block, said = Block(8, 2), normal(2, 16, 1, 1)
     assert torch.equal(block(normal(2, 8, 4, 4), said), normal(2, 8, 4, 4))

@@ -132,6 +132,13 @@ def test_pads_are_not_seen():
     assert not torch.allclose(said(TEXT[:, order], MASK)[:3], out[:3], atol=1e-3)
 
 
+def test_a_row_of_pads_alone_trains():
+    """In bfloat16, where attention is written out and a softmax over nothing would be NaN."""
+    net = awake(UNet(**FULL)).bfloat16()
+    net(X.bfloat16(), C.bfloat16(), COND | {"text": TEXT.bfloat16()}).square().mean().backward()
+    assert all(weight.grad.isfinite().all() for weight in net.parameters())
+
+
 @torch.no_grad()
 def test_attention_is_a_softmax_average():
     """Against the formula written out: softmax over the places where the mask is True, one head at a time."""
