@@ -198,11 +198,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = No
     `mask`, of a shape that broadcasts to (B, heads, T, L), is True where attention may look.
     """
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # each (B, H, T or L, D/H)
-    if _by_formula(q, k):
-        scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        seen = scores.softmax(-1).to(v.dtype) @ v
+    if mask is None and _by_formula(q, k):
+        seen = (q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
     else:
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return seen.transpose(1, 2).flatten(2)
