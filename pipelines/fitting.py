@@ -17,7 +17,8 @@ from diffusion_core.order import Order
 from diffusion_core.parallel import World
 from diffusion_core.train import Batches, Plan, begin, fit
 from diffusion_core.weights import write_tensors
-from pipelines.data.reader import Latents, Pictures
+from pipelines.data.latents import Latents
+from pipelines.data.reader import Pictures
 from pipelines.tracking import Journal
 
 
@@ -66,8 +67,8 @@ def resume_and_fit(
 
 
 def batches(data: Latents | Pictures, plan: Plan, world: World, device: str) -> Batches:
-    """This rank's rows of global batch k, for any k: ids by the global order, latents drawn by (seed, step, id)."""
-    order = Order(len(data), plan.seed)
+    """This rank's rows of global batch k, for any k: ids by the global order, all else drawn by (seed, step, id)."""
+    order = Order(data.groups, plan.seed)
 
     def batch(step: int) -> Batch:
         ids = world.rows(order.ids(step, plan.batch))

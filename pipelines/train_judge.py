@@ -87,9 +87,9 @@ def main(config: Config, stage: Stage) -> Mapping[str, Any]:
     return described
 
 
-def dataset_name(source: Mapping[str, str]) -> str:
+def dataset_name(source: Mapping[str, Any]) -> str:
     """The name that a metric carries of the data it was made on: the folder's, or the source's kind."""
-    return Path(source.get("path", source["kind"])).name
+    return Path(source.get("path") or source["kind"]).name
 
 
 def _tensors(folder: Path, split: str) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ def trained(net: nn.Module, label: Label, images: Tensor, held: Tensor, seed: in
     denoiser = Denoiser(net, LinearBetas(), EPS(), scale=Plain(), label=label)
     objective = Regression(denoiser, UniformTimes(), Flat(), drop_cond=0.0)
     plan = Plan(images=STEPS * BATCH, batch=BATCH, lr=3e-3, warm_up=100 * BATCH, seed=seed)
-    order = Order(len(images), seed)
+    order = Order((len(images),), seed)
 
     def batches(step: int) -> Batch:
         ids = order.ids(step, BATCH)

@@ -83,7 +83,7 @@ def test_guidance_needs_a_share_of_dropped_conditions(share):
     """Classifier-free guidance is not free of training: without dropout the unconditional branch is never taught."""
     labels = torch.tensor([0, 0, 0, 1]).repeat(64)
     data = torch.tensor([-1.0, 2.0])[labels].reshape(-1, 1, 1, 1)
-    order, denoiser = Order(256, 0), Denoiser(Table(), Linear(), X0())
+    order, denoiser = Order((256,), 0), Denoiser(Table(), Linear(), X0())
     plan = Plan(images=300 * 256, batch=256, lr=0.1, warm_up=0)
 
     def batch(step):
@@ -163,7 +163,7 @@ def test_the_uncertainty_learns_the_logarithm_of_the_loss():
     denoiser = Denoiser(Oracle(law, schedule, "eps", UnitVariance()), schedule, EPS(), label=Time())
     uncertainty = Uncertainty(32).double()
     x = law.means[0] + law.std * torch.randn(4096, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
-    order, plan = Order(4096, 0), Plan(images=512 * 600, batch=512, lr=0.02, warm_up=0)
+    order, plan = Order((4096,), 0), Plan(images=512 * 600, batch=512, lr=0.02, warm_up=0)
 
     def batch(step):
         ids = order.ids(step, plan.batch)

@@ -57,7 +57,7 @@ def vae():
 
 
 def batches(plan, world=None, dtype=torch.float32):
-    order, world = Order(len(PICTURES), plan.seed), world or World()
+    order, world = Order((len(PICTURES),), plan.seed), world or World()
 
     def batch(step):
         ids = world.rows(order.ids(step, plan.batch))
@@ -105,7 +105,7 @@ def test_regression_finds_the_posterior_mean_of_gaussian_data(schedule):
     data = 0.7 + 0.4 * torch.randn(4096, 1, 1, 1, generator=torch.Generator().manual_seed(1))
     law = Gaussian(data.mean().item(), data.std().item())
     plan = Plan(images=512 * 600, batch=512, lr=1e-2, ema=0.98, seed=1)
-    order = Order(len(data), 1)
+    order = Order((len(data),), 1)
 
     def batch(step):
         ids = order.ids(step, plan.batch)

@@ -80,7 +80,7 @@ def train_affine(plan: Plan, device: str) -> dict:
     torch.set_num_threads(1)
     world, net, seen = World.current(), Affine(), []
     pictures = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(24, 1, 1, 1)
-    order = Order(24, plan.seed)
+    order = Order((24,), plan.seed)
 
     def batch(step: int) -> Batch:
         ids = world.rows(order.ids(step, plan.batch))
