@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -88,9 +88,10 @@ def train(loop: Callable[[C, str], R], config: C, cluster: Cluster) -> R:
         return returned
 
 
-def map(fn: Callable[[I], R], items: Sequence[I], workers: int) -> Iterator[R]:
+def map(fn: Callable[[I], R], items: Iterable[I], workers: int) -> Iterator[R]:
     """fn of every item, in order: here if `workers` is 0, else as Ray tasks, at most two a worker in flight.
 
+    Items are taken one at a time, as far ahead as tasks are in flight.
     Raises what fn raised.
     """
     if workers == 0:

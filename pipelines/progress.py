@@ -18,14 +18,16 @@ LINE_EVERY = 10.0  # seconds
 
 
 class Bar:
-    """Progress over `total` units, with the time left."""
+    """Progress over `total` units, with the rate and the time left; the label says the unit."""
 
     def __init__(self, console: Console, label: str, total: int):
         self.console, self.label, self.total, self.done = console, label, total, 0
         self.begun = self.spoken = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-        self.task = self.progress.add_task(label, total=total)
+        rate = TextColumn("{task.fields[rate]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate)
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, *times, console=console, transient=True)
+        self.task = self.progress.add_task(label, total=total, rate="")
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -39,20 +41,26 @@ class Bar:
             self.progress.stop()
         if kind is None:
             seconds = time.monotonic() - self.begun
-            self.console.print(f"{self.label}: {self.done:,} of {self.total:,} in {seconds:.1f} s", highlight=False)
+            said = f"{self.label}: {self.done:,} of {self.total:,} in {seconds:.1f} s"
+            self.console.print(f"{said}, {self.rate}" if self.done else said, highlight=False)
+
+    @property
+    def rate(self) -> str:
+        """Units a second since the beginning."""
+        speed = self.done / max(time.monotonic() - self.begun, 1e-9)
+        return f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2g}/s"
 
     def to(self, done: int, note: str = "") -> None:
         """Move the bar to `done` units."""
         self.done = min(done, self.total)
-        self.progress.update(self.task, completed=self.done, description=f"{self.label} {note}".rstrip())
+        said = f"{self.label} {note}".rstrip()
+        self.progress.update(self.task, completed=self.done, rate=self.rate, description=said)
         now = time.monotonic()
         if not self.console.is_terminal and now - self.spoken > LINE_EVERY:
             self.spoken = now
             left = (now - self.begun) * (self.total - self.done) / max(self.done, 1)
-            self.console.print(
-                f"{self.label}: {self.done:,} of {self.total:,} {note}, {left:.0f} s left".replace(" ,", ","),
-                highlight=False,
-            )
+            said = f"{self.label}: {self.done:,} of {self.total:,} {note}".rstrip()
+            self.console.print(f"{said}, {self.rate}, {left:.0f} s left", highlight=False)
 
     def step(self, count: int = 1) -> None:
         """Move the bar on by `count` units."""

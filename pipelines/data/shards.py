@@ -1,122 +1,77 @@
 """Shards: plain tar files of `{key}.json` + `{key}.png`, in the order of their content.
 
-The key of a picture is the head of its hash, and a shard holds no clock time, user or machine. So the same
-pictures give the same bytes, in whatever order their source listed them. WebDataset and `tarfile` read them.
+A shard holds no clock time, user or machine, so the same pictures give the same bytes. WebDataset and `tarfile` read
+them. Headers are written here, in the ustar format (POSIX.1-2001): all are alike but for name and size.
 """
 
 import json
-import tempfile
 from collections.abc import Iterable, Iterator
-from itertools import chain, count, islice
 from pathlib import Path
-from typing import NamedTuple, Self
 
-from webdataset.writer import TarWriter
-
-from pipelines.data.index import PictureRow
+from pipelines.data.index import NO_LABEL, PictureRow
 
 BLOCK = 512  # tar pads every member to a multiple of this
+BUFFER = 1 << 20  # bytes
+END = bytes(2 * BLOCK)
 KEY_DIGITS = 16
+ALIKE = b"".join(  # the header of every member but for its name, size and checksum
+    (
+        bytes(100),  # the name
+        b"0000444\0",  # mode
+        b"0000000\0" * 2,  # user and group
+        bytes(12),  # the size
+        b"%011o\0" % 0,  # time of change
+        b" " * 8,  # the checksum
+        b"0".ljust(101, b"\0"),  # a plain file, linked to nothing
+        b"ustar\x0000",  # and no names of user and group
+    )
+).ljust(BLOCK, b"\0")
+ALIKE_SUM = sum(ALIKE)
+NOTES = ("origin", "caption", "licence", "source")
 
 
-class Sample(NamedTuple):
-    """One prepared picture: its PNG, the SHA-256 (hex) of that PNG, its size in pixels, class and origin."""
-
-    png: bytes
-    sha256: str
-    width: int
-    height: int
-    label: int
-    origin: str
+def shard_name(split: str, shape: tuple[int, int] | None, number: int) -> str:
+    """The file name of one shard; `shape` (height, width) is told where there are several."""
+    size = "" if shape is None else f"-{shape[0]}x{shape[1]}"
+    return f"{split}{size}-{number:05d}.tar"
 
 
-class Entry(NamedTuple):
-    """A picture in the spool; entries sort by content, then origin."""
+def write_shard(path: Path, pictures: Iterable[tuple[PictureRow, bytes]]) -> Iterator[PictureRow]:
+    """Write one shard from rows and their PNGs; yields each row with its place, once it is written.
 
-    sha256: str
-    origin: str
-    label: int
-    width: int
-    height: int
-    offset: int
-    size: int
-
-
-def key_of(sha256: str) -> str:
-    """The key of a picture in shards and tables: the first 16 hex digits of its hash."""
-    return sha256[:KEY_DIGITS]
-
-
-class Spool:
-    """Prepared pictures on disk until the last has come, since content order is known only then.
-
-    The file under `folder` has no name: it goes with the process, however that ends.
+    The shard is whole when the iterator has ended.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
-        self.entries: list[Entry] = []
-        self.end = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.file.close()
-
-    def add(self, sample: Sample) -> None:
-        """Put one picture at the end."""
-        self.file.write(sample.png)
-        place = (self.end, len(sample.png))
-        self.entries.append(Entry(sample.sha256, sample.origin, sample.label, sample.width, sample.height, *place))
-        self.end += len(sample.png)
-
-    def unique(self) -> tuple[list[Entry], list[tuple[Entry, Entry]]]:
-        """Entries in content order, one a key, and each entry left out beside the one kept in its place."""
-        kept: list[Entry] = []
-        twins: list[tuple[Entry, Entry]] = []
-        for entry in sorted(self.entries):
-            if kept and key_of(kept[-1].sha256) == key_of(entry.sha256):
-                twins.append((entry, kept[-1]))
-            else:
-                kept.append(entry)
-        return kept, twins
-
-    def samples(self, entries: Iterable[Entry]) -> Iterator[Sample]:
-        """The pictures of some entries, read back one at a time."""
-        for entry in entries:
-            self.file.seek(entry.offset)
-            png = self.file.read(entry.size)
-            yield Sample(png, entry.sha256, entry.width, entry.height, entry.label, entry.origin)
+    end = 0
+    with path.open("wb", BUFFER) as file:
+        for row, png in pictures:
+            head = _member(f"{row.key}.json", _said(row)) + _header(f"{row.key}.png", len(png))
+            file.writelines((head, png, _padding(len(png))))
+            yield row._replace(shard=path.name, offset=end + len(head))
+            end += len(head) + len(png) + len(_padding(len(png)))
+        file.write(END)
 
 
-def write_shards(folder: Path, split: str, samples: Iterable[Sample], per_shard: int) -> Iterator[PictureRow]:
-    """Write `{split}-00000.tar`, `{split}-00001.tar`, ... and yield each picture's row once it is written."""
-    stream = iter(samples)
-    for number in count():
-        first = next(stream, None)
-        if first is None:
-            return
-        name = f"{split}-{number:05d}.tar"
-        with (folder / name).open("wb") as file, TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
-            for sample in chain([first], islice(stream, per_shard - 1)):
-                tar.write({"__key__": key_of(sample.sha256), "json": _metadata(sample), "png": sample.png})
-                size = len(sample.png)
-                offset = tar.tarstream.offset - -(-size // BLOCK) * BLOCK  # members go in sorted order: the PNG is last
-                yield PictureRow(
-                    key_of(sample.sha256),
-                    split,
-                    name,
-                    offset,
-                    size,
-                    sample.sha256,
-                    sample.width,
-                    sample.height,
-                    sample.label,
-                    sample.origin,
-                )
+def _said(row: PictureRow) -> bytes:
+    """What is said of a picture; a picture without a class says so, what else is not known is left out."""
+    known = {name: getattr(row, name) for name in NOTES if getattr(row, name) is not None}
+    about = {"label": None if row.label == NO_LABEL else row.label, "sha256": row.sha256} | known
+    return json.dumps(about, sort_keys=True, ensure_ascii=False).encode()
 
 
-def _metadata(sample: Sample) -> bytes:
-    about = {"label": sample.label, "sha256": sample.sha256, "origin": sample.origin}
-    return json.dumps(about, sort_keys=True).encode()
+def _member(name: str, data: bytes) -> bytes:
+    return _header(name, len(data)) + data + _padding(len(data))
+
+
+def _padding(size: int) -> bytes:
+    return bytes(-size % BLOCK)
+
+
+def _header(name: str, size: int) -> bytes:
+    told = name.encode(), b"%011o" % size
+    # The checksum counts itself as eight blanks, which ALIKE does.
+    checksum = ALIKE_SUM + sum(told[0]) + sum(told[1])
+    head = bytearray(ALIKE)
+    head[: len(told[0])] = told[0]
+    head[124:135] = told[1]
+    head[148:156] = b"%06o\0 " % checksum
+    return bytes(head)
