@@ -62,12 +62,15 @@ class Tracker:
         self._append("tags", values=dict(values))
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Record a file as it is now, under `folder` of the run's files; it may be moved or changed afterwards."""
+        """Record a file, or a folder with all it holds, as it is now, under `folder` of the run's files.
+
+        It may be moved or changed afterwards.
+        """
         copy = Path(str(next(self._numbers))) / path.name
         try:
             target = self._sender.outbox.files / copy
             target.parent.mkdir(parents=True)
-            shutil.copyfile(path, target)
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, target)
         except OSError as error:
             self._complain(error)
         else:
