@@ -1,6 +1,10 @@
 """Tensors <-> one safetensors file: the only weight format on disk, and the only door to it."""
 
-from collections.abc import Mapping
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -10,11 +14,54 @@ from torch import Tensor, nn
 
 from diffusion_core.errors import IntegrityError, suggest
 
+FORMAT_NAMES = {  # in the order in which the format's own writer lays tensors out; wide types first aligns them all
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors; the same tensors give the same bytes."""
     save_file({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, path)
     path.chmod(0o644)  # the library writes 0600, which a server running as another user cannot read
+
+
+def create_tensors(path: Path, wanted: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> dict[str, Tensor]:
+    """Create a file of zeros for tensors of these names, shapes and types; what is put into them goes to the file.
+
+    Filled with the same numbers, its bytes are those of `write_tensors`. Raises OSError if the disk has no room.
+    """
+    ranks = list(FORMAT_NAMES)
+    order = sorted(wanted, key=lambda name: (ranks.index(wanted[name][1]), name))
+    header: dict[str, object] = {}
+    starts, end = [], 0
+    for name in order:
+        shape, dtype = wanted[name]
+        starts.append(end)
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": [starts[-1], end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        with suppress(AttributeError):  # macOS has no such call
+            # Room is taken beforehand: a full disk would otherwise end the process at some later write to the map.
+            os.posix_fallocate(file.fileno(), 0, begin + end)
+        file.truncate(begin + end)
+    path.chmod(0o644)
+    raw = torch.from_file(str(path), shared=True, size=begin + end, dtype=torch.uint8)
+    return {name: _view(raw[begin + start :], *wanted[name]) for name, start in zip(order, starts, strict=True)}
+
+
+def _view(raw: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return raw[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(tuple(shape))
 
 
 def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:

@@ -1,15 +1,18 @@
 """The one weight format: what is missing, extra, misshapen or torn is named; the same tensors give the same bytes."""
 
+import errno
+import os
 import stat
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 from torch import nn
 
 from diffusion_core.errors import IntegrityError
-from diffusion_core.weights import load_weights, read_tensors, write_tensors
+from diffusion_core.weights import create_tensors, load_weights, read_tensors, write_tensors
 
 TENSORS = {
     "weight": torch.arange(6.0).reshape(2, 3),
@@ -89,3 +92,43 @@ def test_no_other_format_is_read(tmp_path, content):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(IntegrityError, match="none.safetensors"):
         read_tensors(tmp_path / "none.safetensors")
+
+
+TYPES = (
+    torch.int64,
+    torch.float64,
+    torch.float32,
+    torch.int32,
+    torch.bfloat16,
+    torch.float16,
+    torch.uint8,
+    torch.bool,
+)
+
+
+@given(
+    wanted=st.dictionaries(
+        st.text("abcz-éあ", min_size=1, max_size=5),
+        st.tuples(st.lists(st.integers(0, 4), max_size=3), st.sampled_from(TYPES)),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_a_file_filled_through_its_map_has_the_bytes_of_the_formats_own_writer(written, wanted):
+    path, _ = written
+    mapped = create_tensors(path.with_name("mapped"), wanted)
+    values = {}
+    for number, (name, (shape, dtype)) in enumerate(wanted.items()):
+        assert mapped[name].count_nonzero() == 0
+        values[name] = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(number)).to(dtype)
+        mapped[name].copy_(values[name])
+    assert path.with_name("mapped").read_bytes() == save(values)
+
+
+def test_a_disk_without_room_is_told_at_once(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="no room"):
+        create_tensors(tmp_path / "w", {"x": ([4], torch.float32)})
