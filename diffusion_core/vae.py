@@ -1,23 +1,28 @@
 """KL autoencoders (Kingma and Welling 2014, arXiv 1312.6114; as codecs: Rombach et al. 2022, arXiv 2112.10752).
 
-The encoder says μ(x) and ln σ²(x) of a Gaussian, the decoder makes a picture of one draw from it; both are trained by
+The encoder says μ(x) and ln σ²(x) of a Gaussian, the decoder makes a picture x̂ of one draw from it; both are trained by
 
-    |x - decode(μ + σε)|² + kl · KL(N(μ, σ²) ‖ N(0, 1)),   ε ~ N(0, 1)
+    |x - x̂|² or |x - x̂|  +  w · d(x, x̂)  +  kl · KL(N(μ, σ²) ‖ N(0, 1))  -  λ D(x̂),     x̂ = decode(μ + σε),  ε ~ N(0, 1)
+
+a pixel. The perceptual distance d and the critic D are optional; the critic is trained beside the codec, on the same x̂.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, Self
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion_core.codec import Codec, Moments, Pixel
-from diffusion_core.errors import ConfigError
+from diffusion_core.critic import Adversarial, balance, codec_loss, critic_loss
+from diffusion_core.errors import ConfigError, DataError
 from diffusion_core.nets.autoencoder import Decoder, Encoder, Residual
 from diffusion_core.noise import Noise
 from diffusion_core.objective import Batch, Objective
+from diffusion_core.perceptual import Perceptual
 from diffusion_core.spec import Blueprint
+from diffusion_core.spread import Spread
 
 
 class KlCodec(Codec):
@@ -46,9 +51,14 @@ class KlCodec(Codec):
         mean, log_var = self.encoder(x).chunk(2, 1)
         return mean, log_var.clamp(-30, 20)
 
-    def encode(self, x: Tensor) -> Moments:
+    def raw(self, x: Tensor) -> Moments:
+        """The moments of the raw latents of pictures x."""
         mean, log_var = self.posterior(x)
-        return Moments((mean - self.shift) * self.scale, (log_var / 2).exp() * self.scale)
+        return Moments(mean, (log_var / 2).exp())
+
+    def encode(self, x: Tensor) -> Moments:
+        mean, std = self.raw(x)
+        return Moments((mean - self.shift) * self.scale, std * self.scale)
 
     def decode(self, z: Tensor) -> Tensor:
         if z.shape[1] != self.latent:
@@ -68,16 +78,25 @@ class KlCodec(Codec):
             raise ConfigError(f"pictures of {height}x{width} cannot be divided by {self.factor}, the codec's factor")
         return self.latent, height // self.factor, width // self.factor
 
-    @torch.no_grad()
-    def normalize(self, moments: Sequence[Moments]) -> None:
-        """Set shift and scale from the raw moments of the training pictures, encoded with shift 0 and scale 1.
+    @property
+    def last_layer(self) -> Tensor:
+        """The weights of the decoder's last convolution."""
+        return [module for module in self.decoder.modules() if isinstance(module, nn.Conv2d)][-1].weight
 
-        The latent's variance is that of its mean plus its own.
+    @torch.no_grad()
+    def normalize(self, moments: Iterable[Moments]) -> None:
+        """Set shift and scale from the raw moments of the training pictures, taken one batch at a time.
+
+        Raises DataError for latents that are not finite or of a channel that is the same in all pictures.
         """
-        mean, std = (torch.cat(part) for part in zip(*moments, strict=True))
-        axes = (0, 2, 3)
-        self.shift.copy_(mean.mean(axes)[:, None, None])
-        self.scale.copy_((mean.var(axes) + std.square().mean(axes)).rsqrt()[:, None, None])
+        spread = Spread()
+        for batch in moments:
+            spread.add(batch)
+        mean, std = spread.channels()
+        if not std.all():
+            raise DataError(f"channels {(std == 0).nonzero().flatten().tolist()} of the latent are constant")
+        self.shift.copy_(mean[:, None, None])
+        self.scale.copy_(std.reciprocal()[:, None, None])
 
 
 class KlVae(KlCodec):
@@ -145,19 +164,49 @@ def _check_sizes(channels: int, latent: int, widths: tuple[int, ...], groups: in
 
 
 class VaeLoss(Objective):
-    """Squared error plus `kl` times the divergence from a standard normal, both a pixel of the picture."""
+    """Error plus `kl` times the divergence from a standard normal, both a pixel, and the optional terms.
 
-    def __init__(self, vae: KlCodec, kl: float):
+    `batch` is the plan's, in which the images are counted after which the critic starts. Raises ConfigError for a
+    negative `kl` and what `perceptual` and `adversarial` raise when they are built.
+    """
+
+    def __init__(
+        self,
+        vae: KlCodec,
+        kl: float,
+        *,
+        reconstruction: Literal["mse", "l1"] = "mse",
+        perceptual: Perceptual | None = None,
+        adversarial: Adversarial | None = None,
+        batch: int = 1,
+    ):
         if kl < 0:
             raise ConfigError(f"kl {kl}: a weight of 0 or more is wanted")
-        self.vae, self.kl = vae, kl
+        self.vae, self.kl, self.batch = vae, kl, batch
+        self.error = F.mse_loss if reconstruction == "mse" else F.l1_loss
+        self.perceptual, self.adversarial = perceptual, adversarial
         self.modules = {"vae": vae}
+        if perceptual is not None:
+            self.distance = perceptual.build().to(vae.shift.device)
+        if adversarial is not None:
+            self.critic = adversarial.build(vae.channels).to(vae.shift.device)
+            self.modules = {"vae": vae, "critic": self.critic}
 
     def losses(self, batch: Batch, step: int, noise: Noise) -> Iterator[tuple[str, Tensor]]:
+        """The codec's loss and, once the critic has started, the critic's on the same reconstructions."""
         mean, log_var = self.vae.posterior(batch.x)
-        raw = Moments(mean, (log_var / 2).exp()).draw(noise)
-        error = F.mse_loss(self.vae.reconstruct(raw), batch.x)
-        yield "vae", error + self.kl * kl_divergence(mean, log_var) / batch.x[0].numel()
+        made = self.vae.reconstruct(Moments(mean, (log_var / 2).exp()).draw(noise))
+        loss = self.error(made, batch.x)
+        if self.perceptual is not None:
+            loss = loss + self.perceptual.weight * self.distance(made, batch.x).mean()
+        divergence = self.kl * kl_divergence(mean, log_var) / batch.x[0].numel()
+        if self.adversarial is None or step * self.batch < self.adversarial.start_images:
+            yield "vae", loss + divergence
+            return
+        taken = codec_loss(self.critic, made)
+        share = self.adversarial.weight * balance(loss, taken, self.vae.last_layer)
+        yield "vae", loss + divergence + share * taken
+        yield "critic", critic_loss(self.critic, batch.x, made)
 
 
 def kl_divergence(mean: Tensor, log_var: Tensor) -> Tensor:

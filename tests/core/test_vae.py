@@ -8,7 +8,7 @@ from scipy import integrate, stats
 from torch import nn
 
 from diffusion_core.codec import Moments, Pixel
-from diffusion_core.errors import ConfigError
+from diffusion_core.errors import ConfigError, DataError
 from diffusion_core.noise import Noise
 from diffusion_core.objective import Batch
 from diffusion_core.train import Plan, fit
@@ -124,6 +124,21 @@ def test_normalized_latents_have_zero_mean_and_unit_variance(codec):
     assert (drawn.std((0, 2, 3)) - 1).abs().max() < 0.02
     torch.testing.assert_close(codec.decode(moments.mean), before, rtol=1e-4, atol=1e-5)
     assert {"shift", "scale"} <= codec.state_dict().keys()
+
+
+def test_normalizing_again_forgets_what_was_before():
+    codec, other = vae(), vae()
+    other.shift.fill_(3.0)
+    other.scale.fill_(7.0)
+    for one in (codec, other):
+        one.normalize(one.raw(x) for x in X.split(16))
+    assert torch.equal(codec.shift, other.shift) and torch.equal(codec.scale, other.scale)
+
+
+def test_a_channel_that_says_nothing_is_refused():
+    constant = Moments(torch.ones(4, 3, 2, 2), torch.tensor([1.0, 0.0, 1.0])[:, None, None].expand(4, 3, 2, 2))
+    with pytest.raises(DataError, match=r"channels \[1\] of the latent are constant"):
+        vae().normalize([constant])
 
 
 def test_a_latent_is_drawn_by_its_own_noise():
