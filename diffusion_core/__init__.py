@@ -4,10 +4,11 @@ Read the files in this order, each importing only from above: errors, spec, mani
 schedule, discrete, chain, target, noise, denoiser, guidance (two_conditions, classifier, thresholding, inpainting),
 polynomial, solver, multistep, stochastic, renoise, grid, walk, table, codec, sampler, search, inversion, edit, cascade,
 likelihood, weighting, uncertainty, order, objective, variational, parallel, precision, ema, posthoc, train, checkpoint,
-nets, vae, bundle, adapters, distill, metrics.
+nets, similarity, spread, perceptual, critic, vae, adapters, bundle, distill, metrics.
 """
 
 from diffusion_core.adapters.dit import read_dit
+from diffusion_core.adapters.text import read_text
 from diffusion_core.adapters.unet import read_unet
 from diffusion_core.adapters.vae import read_vae
 from diffusion_core.bundle import Bundle, DenoiserSpec
@@ -15,6 +16,7 @@ from diffusion_core.cascade import Finer, augment, cascade
 from diffusion_core.chain import Posterior, jump, posterior
 from diffusion_core.classifier import ClassifierGuided
 from diffusion_core.codec import Codec, Moments, Pixel
+from diffusion_core.critic import Adversarial, Patch
 from diffusion_core.denoiser import (
     Denoiser,
     Label,
@@ -59,23 +61,30 @@ from diffusion_core.inversion import invert, slerp
 from diffusion_core.likelihood import Prior, log_likelihood
 from diffusion_core.multistep import Multistep, UniPC
 from diffusion_core.nets import NetSpec
+from diffusion_core.nets.byte_text import ByteEncoder
+from diffusion_core.nets.clip_text import ClipEncoder
 from diffusion_core.nets.concatenated import Concatenated
 from diffusion_core.nets.dit import DiT
 from diffusion_core.nets.edm2 import Edm2
 from diffusion_core.nets.lean import Lean
 from diffusion_core.nets.lora import add_lora, load_lora, lora_state, merge_lora, remove_lora
 from diffusion_core.nets.mmdit import MMDiT
+from diffusion_core.nets.t5_text import T5Encoder
+from diffusion_core.nets.text import Encoded, TextEncoder, TextSpec
 from diffusion_core.nets.unet import UNet
 from diffusion_core.nets.uvit import UViT
 from diffusion_core.noise import Noise, Stream
 from diffusion_core.objective import Batch, Objective, Regression
 from diffusion_core.pair import Numbers, Pair, Row, determinant, mix, unmix
+from diffusion_core.perceptual import Lpips, MsSsim, Perceptual
 from diffusion_core.posthoc import Snapshot, reconstruct, snapshot
 from diffusion_core.renoise import Ancestral, Full, Keep, Learned, Renoise
 from diffusion_core.sampler import Sampling, generate, sample
 from diffusion_core.schedule import VE, VP, Cosine, Edm, Level, Linear, Schedule, Shifted, SubVP, log_snr
 from diffusion_core.search import search
+from diffusion_core.similarity import ms_ssim, psnr, ssim
 from diffusion_core.solver import FirstOrder, Heun, SingleStep, Solver
+from diffusion_core.spread import Spread
 from diffusion_core.stochastic import Churn, Langevin
 from diffusion_core.table import Table, write
 from diffusion_core.target import EPS, FLOW, X0, Karras, Score, Target, V, Velocity
@@ -103,15 +112,18 @@ from diffusion_core.weighting import Edm as EdmWeight
 
 __all__ = [
     "APG",
+    "Adversarial",
     "Ancestral",
     "Autoguidance",
     "Batch",
     "Betas",
     "Bundle",
+    "ByteEncoder",
     "CFG",
     "Churn",
     "ClassifierGuided",
     "Clip",
+    "ClipEncoder",
     "Codec",
     "CodecSpec",
     "Concatenated",
@@ -130,6 +142,7 @@ __all__ = [
     "Edm2",
     "EdmWeight",
     "Ema",
+    "Encoded",
     "Exponential",
     "FLOW",
     "Finer",
@@ -163,9 +176,11 @@ __all__ = [
     "LogNormalNoise",
     "LogSnr",
     "LogitNormal",
+    "Lpips",
     "MMDiT",
     "MinSnr",
     "Moments",
+    "MsSsim",
     "Multistep",
     "NetSpec",
     "Noise",
@@ -173,6 +188,8 @@ __all__ = [
     "Objective",
     "P2",
     "Pair",
+    "Patch",
+    "Perceptual",
     "Pixel",
     "Plain",
     "Plan",
@@ -200,12 +217,16 @@ __all__ = [
     "Snapshot",
     "Snr",
     "Solver",
+    "Spread",
     "StepNumber",
     "Stream",
     "SubVP",
+    "T5Encoder",
     "Table",
     "Tabulated",
     "Target",
+    "TextEncoder",
+    "TextSpec",
     "Time",
     "Times",
     "Trailing",
@@ -246,9 +267,12 @@ __all__ = [
     "lora_state",
     "merge_lora",
     "mix",
+    "ms_ssim",
     "partial",
     "posterior",
+    "psnr",
     "read_dit",
+    "read_text",
     "read_unet",
     "read_vae",
     "reconstruct",
@@ -257,6 +281,7 @@ __all__ = [
     "search",
     "slerp",
     "snapshot",
+    "ssim",
     "to_paper",
     "unmix",
     "walk",

@@ -99,15 +99,16 @@ def generate(
     sampling: Sampling,
     shape: Sequence[int],
     seeds: Sequence[int] | Tensor,
-    labels: Tensor | None,
+    cond: Condition | None = None,
 ) -> Tensor:
-    """Pictures (B, C, H, W) in [-1, 1] from seeds (B,) and class labels (B,); `shape` is that of one latent.
+    """Pictures (B, C, H, W) in [-1, 1] from seeds (B,) and what is asked for; `shape` is that of one latent.
 
-    A picture depends on its own seed and label, not on its batch.
+    `cond` is a row a picture of what the network was trained with, such as {"label": (B,)}; `Bundle.condition` puts it
+    together from classes and texts. A picture depends on its own seed and row, not on its batch.
     """
     device = next(denoiser.parameters()).device
     noise = Noise(torch.as_tensor(seeds, dtype=torch.int64, device=device))
-    cond = None if labels is None else {"label": labels.to(device)}
+    cond = cond and {name: value.to(device) for name, value in cond.items()}
     guide: Reader = denoiser if sampling.guidance == 1 else CFG(denoiser, sampling.guidance, sampling.interval)
     levels = sampling.grid.levels(denoiser.schedule, sampling.steps, denoiser.first)
     x = noise.normal(shape, Stream.START) * levels[0].row.b

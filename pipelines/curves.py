@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from diffusion_core.bundle import Bundle
 from diffusion_core.errors import ConfigError, DataError
@@ -14,6 +15,8 @@ from diffusion_core.metrics.ruler import Ruler, Score, Scoring
 from diffusion_core.sampler import Sampling, generate
 from diffusion_core.solver import Solver
 from diffusion_core.spec import spec
+
+Captions = Callable[[Tensor], Sequence[str | None]]  # of the training pictures in these rows (B,)
 
 
 class Point(NamedTuple):
@@ -59,20 +62,27 @@ def candidates(defaults: Sampling, calls: int, solvers: Sequence[Solver]) -> tup
 
 
 def measure(
-    bundle: Bundle, ruler: Ruler, passport: Passport, batch: int, on_batch: Callable[[int], None] = lambda done: None
+    bundle: Bundle,
+    ruler: Ruler,
+    passport: Passport,
+    batch: int,
+    on_batch: Callable[[int], None] = lambda done: None,
+    captions: Captions | None = None,
 ) -> Point:
     """Make the pictures that a passport speaks of, in batches, and score them.
 
-    `on_batch` hears how many network calls a batch took. Raises DataError for pictures that are not finite or not
-    as many as the passport says.
+    With `captions` picture i is asked for that of training picture i too. `on_batch` hears how many network calls a
+    batch took. Raises DataError for pictures that are not finite or not as many as the passport says.
     """
     scoring, seconds = Scoring(ruler), 0.0
     for start in range(0, passport.count, batch):
         ids = torch.arange(start, min(start + batch, passport.count))
-        labels = ruler.real.labels[ids % len(ruler.real.labels)]
+        rows = ids % len(ruler.real.labels)
+        labels = ruler.real.labels[rows]
+        asked = bundle.condition(labels, None if captions is None else captions(rows))
         begun = time.perf_counter()
         images = generate(
-            bundle.denoiser, bundle.codec, passport.sampling, bundle.latent_shape, passport.first_seed + ids, labels
+            bundle.denoiser, bundle.codec, passport.sampling, bundle.latent_shape, passport.first_seed + ids, asked
         )
         seconds += time.perf_counter() - begun
         try:

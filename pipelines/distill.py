@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_core import bundle
+from diffusion_core.bundle import DenoiserSpec
 from diffusion_core.denoiser import Denoiser
 from diffusion_core.distill.consistency import Consistency, ConsistencyDistillation
 from diffusion_core.distill.progressive import Progressive
@@ -16,7 +17,7 @@ from diffusion_core.sampler import Sampling
 from diffusion_core.train import Plan
 from diffusion_core.weighting import Weight
 from pipelines import launch
-from pipelines.data.reader import Latents
+from pipelines.data.latents import Latents
 from pipelines.fitting import Place, publish_weights, resume_and_fit
 from pipelines.launch import Cluster
 from pipelines.models import BUNDLES
@@ -91,6 +92,7 @@ class Job:
     """What a worker is sent; all paths are absolute, on storage that every worker sees."""
 
     config: Config
+    denoiser: DenoiserSpec
     teacher: Path
     latents: Path
     place: Place
@@ -103,15 +105,17 @@ def main(config: Config, stage: Stage) -> dict[str, Any]:
     latents, _ = stage.input("artifacts/latents", "latents")
     teacher = bundle.load(teacher_folder, verify=False)
     place = Place(stage.work.resolve(), stage.tracker.journal, stage.identity(config))
-    job = Job(config, teacher_folder.resolve(), latents.resolve(), place, stage.out.resolve() / "rounds")
+    weights = (teacher_folder / "denoiser.safetensors").resolve()
+    job = Job(config, teacher.denoiser_spec, weights, latents.resolve(), place, stage.out.resolve() / "rounds")
     job.weights.mkdir()
     with stage.following("images seen", config.plan.images * len(config.rounds)):
         launch.train(loop, job, config.cluster)
+    data = Latents.open(latents, "train")
     for leg in config.rounds:
         weights = job.weights / f"{leg.name}.safetensors"
         student = replace(teacher, denoiser=bundle.load_denoiser(teacher.denoiser_spec, weights), sampling=leg.sampling)
         for steps in leg.sampling.allowed_steps or ():
-            preview(student, leg.sampling.changed(steps=steps), stage, f"samples-{steps}.png")
+            preview(student, leg.sampling.changed(steps=steps), stage, f"samples-{steps}.png", data)
     weights.unlink()  # the last round is the bundle itself
     student.about = {"name": stage.name.split(".")[-1], "images": config.plan.images, "ema": config.plan.ema}
     bundle.save(student, stage.out)
@@ -120,7 +124,7 @@ def main(config: Config, stage: Stage) -> dict[str, Any]:
 
 def loop(job: Job, device: str) -> None:
     """One worker's share of all rounds; each round's student is the next one's teacher."""
-    teacher = bundle.load(job.teacher, verify=False).denoiser.to(device)
+    teacher = bundle.load_denoiser(job.denoiser, job.teacher).to(device)
     data = Latents.open(job.latents, "train")
     for number, leg in enumerate(job.config.rounds):
         student = deepcopy(teacher).train().requires_grad_(True)

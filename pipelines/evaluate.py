@@ -1,7 +1,8 @@
 """Stage: hold a bundle's pictures against the ruler, at its default sampling and at each number of network calls.
 
-Picture i has seed `seed` + i and the label of training picture i: generated and real pictures have the same
-class law, and every point of the curve starts from the same noise.
+Picture i has seed `seed` + i and the label of training picture i, and of a model that reads text its caption:
+generated and real pictures have the same law of classes and captions, and every point of the curve starts from the
+same noise.
 """
 
 import json
@@ -14,17 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from diffusion_core import bundle as bundles
 from diffusion_core.bundle import Bundle
-from diffusion_core.errors import ConfigError, RefusedError
+from diffusion_core.errors import ConfigError, IntegrityError, RefusedError
 from diffusion_core.images import encode_png, grid, to_pixels
 from diffusion_core.metrics.passport import Passport
 from diffusion_core.metrics.ruler import RESIZE, Ruler, load_ruler
 from diffusion_core.sampler import generate
 from diffusion_core.solver import Solver
 from diffusion_core.spec import spec
-from pipelines.curves import Point, candidates, measure, solver_name
+from pipelines.curves import Captions, Point, candidates, measure, solver_name
+from pipelines.data.reader import Pictures
 from pipelines.models import BUNDLES
 from pipelines.stage import Stage, choice, run
 
@@ -60,6 +63,7 @@ def main(model: str, config: Config, stage: Stage) -> Mapping[str, Any]:
     bundle_folder, sealed = stage.input(BUNDLES[model], "bundle")
     ruler, bundle = load_ruler(judge_folder), bundles.load(bundle_folder, verify=False)
     check_fits(bundle, ruler)
+    captions = None if bundle.text is None else training_captions(stage, len(ruler.real.labels))
     by_calls = {
         calls: candidates(bundle.sampling, calls, config.solvers if calls <= config.compare_up_to else ())
         for calls in config.calls
@@ -79,7 +83,7 @@ def main(model: str, config: Config, stage: Stage) -> Mapping[str, Any]:
     )
     with stage.bar("network calls", default.count * sum(sampling.calls for sampling in samplings)) as bar:
         points = {
-            sampling: measure(bundle, ruler, replace(default, sampling=sampling), config.batch, bar.step)
+            sampling: measure(bundle, ruler, replace(default, sampling=sampling), config.batch, bar.step, captions)
             for sampling in samplings
         }
     best = {
@@ -90,7 +94,7 @@ def main(model: str, config: Config, stage: Stage) -> Mapping[str, Any]:
     _write_json(stage.out / "metrics.json", metrics)
     _write_json(stage.out / "passport.json", spec(default))
     _write_json(stage.out / "curve.json", curve(model, points.values()))
-    (stage.out / "grid.png").write_bytes(encode_png(sheet(bundle, config.seed)))
+    (stage.out / "grid.png").write_bytes(encode_png(sheet(bundle, config.seed, ruler.real.labels, captions)))
     _track(stage, points[bundle.sampling], best)
     told = ", ".join(f"{point.score.distance_u:.3f} U at {calls}" for calls, point in best.items())
     stage.say(f"{ruler.name}: {told} calls; accuracy {metrics['accuracy']:.4f}")
@@ -98,7 +102,12 @@ def main(model: str, config: Config, stage: Stage) -> Mapping[str, Any]:
 
 
 def check_fits(bundle: Bundle, ruler: Ruler) -> None:
-    """Raise RefusedError if a bundle's pictures are not of the size and classes of the ruler's."""
+    """Raise RefusedError if a bundle's pictures are not of the size and classes of the ruler's, or of no class."""
+    if not bundle.classes:
+        raise RefusedError(
+            "the bundle knows no classes, and the judge tells pictures by theirs; give the pictures labels and run "
+            "again from prepare"
+        )
     shape = ruler.extractor.shape
     made = (*bundle.image_shape, len(bundle.classes))
     wanted = (shape.channels, shape.size, shape.size, shape.classes)
@@ -136,14 +145,30 @@ def curve(model: str, points: Iterable[Point]) -> list[dict[str, Any]]:
     ]
 
 
-def sheet(bundle: Bundle, seed: int) -> NDArray[np.uint8]:
-    """Pictures at the default sampling, magnified: a column for each of the first classes, a row for each seed."""
-    columns = min(len(bundle.classes), COLUMNS)
+def sheet(bundle: Bundle, seed: int, labels: Tensor, captions: Captions | None) -> NDArray[np.uint8]:
+    """Pictures at the default sampling, magnified: a column for each of the first classes, a row for each seed.
+
+    With captions, picture i is asked for the label and the caption of training picture i.
+    """
+    columns = min(len(bundle.classes), COLUMNS) if captions is None else COLUMNS
     ids = torch.arange(columns * ROWS)
-    seeds, labels = seed + ids // columns, ids % columns
-    images = generate(bundle.denoiser, bundle.codec, bundle.sampling, bundle.latent_shape, seeds, labels)
+    if captions is None:
+        seeds, asked = seed + ids // columns, bundle.condition(ids % columns)
+    else:
+        rows = ids % len(labels)
+        seeds, asked = seed + ids, bundle.condition(labels[rows], captions(rows))
+    images = generate(bundle.denoiser, bundle.codec, bundle.sampling, bundle.latent_shape, seeds, asked)
     pixels = to_pixels(images).repeat(MAGNIFIED, axis=1).repeat(MAGNIFIED, axis=2)
     return grid(pixels, columns, gap=2 * MAGNIFIED)
+
+
+def training_captions(stage: Stage, count: int) -> Captions:
+    """The training captions by row; raises IntegrityError if the judge was made on other pictures."""
+    folder, _ = stage.input("artifacts/data", "data")
+    pictures = Pictures.open(folder, "train")
+    if len(pictures) != count:
+        raise IntegrityError(f"{folder} has {len(pictures)} training pictures, the judge saw {count}: run train_judge")
+    return pictures.captions
 
 
 def _track(stage: Stage, default: Point, best: Mapping[int, Point]) -> None:

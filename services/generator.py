@@ -2,6 +2,7 @@
 
 A matrix product may round differently for another number of rows, which is enough to turn a pixel. So pictures
 are drawn in chunks of one fixed size, the last one filled up; within a chunk neither place nor neighbours matter.
+A prompt is encoded by itself, by the encoder that made the captions' tokens the model was trained with.
 """
 
 import secrets
@@ -11,24 +12,29 @@ from dataclasses import dataclass
 
 import torch
 
+from diffusion_core.denoiser import NULL
 from diffusion_core.errors import ConfigError, InkwellError, suggest
 from diffusion_core.images import encode_png, to_pixels
 from diffusion_core.nets.text import ClassNames
 from diffusion_core.sampler import generate
 from services.registry import Model
-from services.schema import MAX_SEED, Generation, RequestError, UnknownModelError
+from services.schema import MAX_SEED, Generation, RequestError, UnknownModelError, both
 
 DRAWN_SEEDS = 2**48  # seeds we choose stay whole numbers in clients that only know doubles
 
 
 @dataclass(frozen=True)
 class Order:
-    """One picture to draw; orders of equal `key` may be drawn together."""
+    """One picture to draw, of class `label` (-1: of none) and of `prompt` if the model reads text.
+
+    Orders of equal `key` may be drawn together.
+    """
 
     seed: int
     label: int
     steps: int
     guidance: float
+    prompt: str | None = None
 
     @property
     def key(self) -> tuple[int, float]:
@@ -57,9 +63,11 @@ class Generator:
 
     def warm_up(self) -> None:
         """Draw once with every step count, with and without guidance, so that no request pays for a first call."""
+        label = 0 if self.names.names else NULL
+        prompt = None if self.model.bundle.text is None else ""
         for steps in self.step_choices:
             for guidance in {1.0, 2.0, self.model.bundle.sampling.guidance}:
-                self.draw([Order(0, 0, steps, guidance)])
+                self.draw([Order(0, label, steps, guidance, prompt)])
 
     def orders(self, request: Generation) -> list[Order]:
         """The pictures a request asks of this model; raises RequestError naming the field that does not fit it."""
@@ -69,7 +77,7 @@ class Generator:
         if request.size not in (None, "auto", self.size):
             hint = suggest(request.size, ("auto", self.size))
             raise RequestError(f"size {ascii(request.size)} is not drawn here; {hint}", "size")
-        count, label = request.n or 1, self._label(request)
+        count, (label, prompt) = request.n or 1, self._asked(request)
         seed = secrets.randbelow(DRAWN_SEEDS) if request.seed is None else request.seed
         if seed + count - 1 > MAX_SEED:
             raise RequestError(f"seed {seed} and n {count}: the last picture's seed is above {MAX_SEED}", "seed")
@@ -79,7 +87,7 @@ class Generator:
             sampling = self.model.bundle.sampling.changed(steps=steps, guidance=guidance)
         except ConfigError as error:
             raise RequestError(str(error), "steps") from None
-        return [Order(seed + i, label, sampling.steps, sampling.guidance) for i in range(count)]
+        return [Order(seed + i, label, sampling.steps, sampling.guidance, prompt) for i in range(count)]
 
     def draw(self, orders: Sequence[Order]) -> list[bytes]:
         """PNG bytes of every order, in its place; what drew a picture stands in the file's metadata."""
@@ -102,7 +110,10 @@ class Generator:
             bundle.sampling.changed(steps=first.steps, guidance=first.guidance),
             bundle.latent_shape,
             [order.seed for order in filled],
-            torch.tensor([order.label for order in filled]),
+            bundle.condition(
+                torch.tensor([order.label for order in filled]),
+                None if bundle.text is None else [order.prompt for order in filled],
+            ),
         )
         if not torch.isfinite(pictures).all():
             raise InkwellError(f"{self.model.reference} drew numbers that are not finite")
@@ -110,22 +121,37 @@ class Generator:
         return [encode_png(pixels[row], self._text(order)) for row, order in enumerate(orders)]
 
     def _text(self, order: Order) -> dict[str, str]:
-        return {
-            "model": self.model.reference,
-            "digest": self.model.digest,
-            "class": self.names.names[order.label],
-            "seed": str(order.seed),
-            "steps": str(order.steps),
-            "guidance": str(order.guidance),
-        }
+        said = {"model": self.model.reference, "digest": self.model.digest}
+        if order.label != NULL:
+            said["class"] = self.names.names[order.label]
+        if order.prompt is not None:
+            said["prompt"] = escaped(order.prompt)
+        return said | {"seed": str(order.seed), "steps": str(order.steps), "guidance": str(order.guidance)}
+
+    def _asked(self, request: Generation) -> tuple[int, str | None]:
+        """The class, -1 for none, and the text to be read, none for a model that reads none."""
+        if self.model.bundle.text is not None:
+            return self._label(request), request.prompt
+        if request.prompt is None:
+            return self._label(request), None
+        if request.label is not None:
+            raise RequestError(both("label", "prompt"), "prompt")
+        try:
+            return self.names.label(request.prompt), None
+        except ConfigError as error:
+            raise RequestError(str(error), "prompt") from None
 
     def _label(self, request: Generation) -> int:
-        if request.prompt is not None:
-            try:
-                return self.names.label(request.prompt)
-            except ConfigError as error:
-                raise RequestError(str(error), "prompt") from None
-        assert request.label is not None
+        if request.label is None:
+            return NULL
         if request.label >= (count := len(self.names.names)):
-            raise RequestError(f"label is {request.label}; a class from 0 to {count - 1} is wanted", "label")
+            wanted = f"a class from 0 to {count - 1}" if count else "a prompt, as this model knows no classes,"
+            raise RequestError(f"label is {request.label}; {wanted} is wanted", "label")
         return request.label
+
+
+def escaped(text: str) -> str:
+    r"""A text as it stands in a picture's metadata: what cannot be seen is written out, as in \u200b for no space."""
+    return "".join(
+        char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode() for char in text
+    )

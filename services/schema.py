@@ -1,7 +1,8 @@
 """The request and the answer of `POST /v1/images/generations`; the limits live in the types.
 
 The form is OpenAI's Images API with `label`, `seed`, `steps` and `guidance` beside it. Reading is strict: no text
-for a number, no unknown field, no NaN, no lone surrogate, no key twice; `null` always means the default.
+for a number, no unknown field, no NaN, no lone surrogate, no key twice; `null` always means the default. Whether a
+prompt is free text or the name of a class is the model's to say.
 """
 
 import json
@@ -16,7 +17,7 @@ from diffusion_core.errors import InkwellError, suggest
 
 MAX_BODY = 64 * 1024  # bytes
 MAX_SEED = 2**63 - 1
-SYNONYMS = {"prompt": "label", "num_inference_steps": "steps", "guidance_scale": "guidance"}
+SYNONYMS = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
 
 
 class RequestError(InkwellError):
@@ -43,6 +44,11 @@ class NotReadyError(RequestError):
     """No verified model is in service."""
 
 
+def both(name: str, other: str) -> str:
+    """The sentence about two fields of which one may be given."""
+    return f"'{name}' and '{other}' say the same thing; give one"
+
+
 def _printable(text: str) -> str:
     if any(unicodedata.category(char) == "Cc" for char in text):
         raise PydanticCustomError("text", "control characters are not allowed")
@@ -60,8 +66,10 @@ class Generation(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, hide_input_in_errors=True)
 
     model: Text | None = Field(None, description="name or name@alias; default: the model in service")
-    prompt: Text | None = Field(None, description='a class by name, such as "7"; or give `label`')
-    label: Annotated[int, Field(ge=0)] | None = Field(None, description="a class by number; or give `prompt`")
+    prompt: Text | None = Field(None, description='what to draw; of a model without text, a class by name, such as "7"')
+    label: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="a class by number; with a prompt if the model reads text"
+    )
     n: Annotated[int, Field(ge=1, le=16)] | None = Field(None, description="how many pictures; default 1")
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="picture i has seed + i")
     steps: Steps | None = Field(None, description="solver steps; default: the model's")
@@ -75,11 +83,11 @@ class Generation(BaseModel):
     def _one_of_each(self) -> Self:
         for other, name in SYNONYMS.items():
             if getattr(self, other) is not None and getattr(self, name) is not None:
-                raise PydanticCustomError(
-                    "both", "'{name}' and '{other}' say the same thing; give one", {"name": other, "other": name}
-                )
+                raise PydanticCustomError("both", both(name, other), {"name": other})
         if self.prompt is None and self.label is None:
-            raise PydanticCustomError("neither", "give a class: 'prompt', its name, or 'label'", {"name": "prompt"})
+            raise PydanticCustomError(
+                "neither", "say what to draw: 'prompt', a text or a class's name, or 'label'", {"name": "prompt"}
+            )
         return self
 
     @classmethod
@@ -117,12 +125,16 @@ class ModelName(BaseModel):
 
 
 class Answer(BaseModel):
-    """The body of a 200: OpenAI's `created` and `data`, and what is needed to draw the same bytes again."""
+    """The body of a 200: OpenAI's `created` and `data`, and what is needed to draw the same bytes again.
+
+    `label` is left out if no class was asked for, `prompt` if no text was read.
+    """
 
     created: int
     data: list[Picture]
     model: ModelName
-    label: int
+    label: int | None
+    prompt: str | None
     steps: int
     guidance: float
     size: str

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from diffusion_core.denoiser import NULL
 from services.generator import Generator
 from services.schema import (
     MAX_BODY,
@@ -54,9 +55,13 @@ def create(service: Service) -> FastAPI:
     for known in (*STATUS, HTTPException):
         app.add_exception_handler(known, _failed)
 
-    @app.post("/v1/images/generations", openapi_extra={"requestBody": {"required": True, "content": SCHEMA}})
+    @app.post(
+        "/v1/images/generations",
+        response_model_exclude_none=True,
+        openapi_extra={"requestBody": {"required": True, "content": SCHEMA}},
+    )
     async def generate(request: Request) -> Answer:
-        """Draw pictures of a class."""
+        """Draw pictures of a class or a text."""
         held = service.ready()
         asked = Generation.parse(await _body(request))
         orders = held.generator.orders(asked)
@@ -68,7 +73,8 @@ def create(service: Service) -> FastAPI:
                 for png, order in zip(drawn, orders, strict=True)
             ],
             model=_name(held.generator),
-            label=orders[0].label,
+            label=None if orders[0].label == NULL else orders[0].label,
+            prompt=orders[0].prompt,
             steps=orders[0].steps,
             guidance=orders[0].guidance,
             size=held.generator.size,
@@ -189,6 +195,7 @@ def _card(generator: Generator) -> dict[str, Any]:
         "version": model.version,
         "digest": model.digest,
         "classes": list(model.bundle.classes),
+        "text": model.bundle.text is not None,
         "size": generator.size,
         "channels": model.bundle.image_shape[0],
         "allowed_steps": sampling.allowed_steps,

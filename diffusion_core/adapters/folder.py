@@ -1,4 +1,4 @@
-"""A model folder in the diffusers format: `config.json` beside `diffusion_pytorch_model.safetensors`.
+"""A model folder in Hugging Face's format: `config.json` beside its weights, by name or as diffusers calls them.
 
 Nothing is downloaded and no pickle is read: the folder lies on this machine, its weights are one safetensors file.
 An adapter reads the options as a frozen dataclass (`read_options`), one field an option, so that an option it does
@@ -35,20 +35,49 @@ def read_folder(
     Raises ConfigError if a file is missing, `config.json` is no JSON object or names another class, and
     IntegrityError if the weights are torn or their digest differs.
     """
-    config = _config(folder)
+    config = read_config(folder)
     if (named := config.get("_class_name")) != class_name:
         raise ConfigError(f"{folder / CONFIG}: _class_name is {named!r}; {suggest(str(named), [class_name])}")
-    weights = _present(folder, WEIGHTS)
-    if sha256 is not None and (digest := hash_file(weights)) != sha256.lower():
-        raise IntegrityError(f"{weights} has SHA-256 {digest}; {sha256} is wanted")
+    tensors = read_weights(folder, WEIGHTS, sha256)
     options = {name: value for name, value in config.items() if not name.startswith("_")}
     today = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    return options, renamed(read_tensors(weights), today)
+    return options, renamed(tensors, today)
+
+
+def read_config(folder: Path) -> dict[str, object]:
+    """The object that `config.json` holds; raises ConfigError if the file is missing or holds none."""
+    path = present(folder, CONFIG)
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds a {type(config).__name__}; an object of options is wanted")
+    return config
+
+
+def read_weights(folder: Path, name: str, sha256: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a file of weights, its bytes checked against `sha256` (hex) if given.
+
+    Raises ConfigError if the file is missing, IntegrityError if it is torn or its digest differs.
+    """
+    weights = present(folder, name)
+    if sha256 is not None and (digest := hash_file(weights)) != sha256.lower():
+        raise IntegrityError(f"{weights} has SHA-256 {digest}; {sha256} is wanted")
+    return read_tensors(weights)
+
+
+def present(folder: Path, name: str) -> Path:
+    """The path of a file; raises ConfigError, telling what the folder holds, if it is missing."""
+    if not (folder / name).is_file():
+        found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        raise ConfigError(f"{folder} lacks {name}; it holds {', '.join(found) or 'nothing'}")
+    return folder / name
 
 
 def class_of(folder: Path) -> str:
     """The class that `config.json` names, for an adapter of several; raises ConfigError as `read_folder` does."""
-    return str(_config(folder).get("_class_name"))
+    return str(read_config(folder).get("_class_name"))
 
 
 def read_options(wanted: type[T], options: Mapping[str, object], folder: Path) -> T:
@@ -88,8 +117,11 @@ def joined(tensors: Mapping[str, Tensor], parts: tuple[str, ...], into: str) -> 
     return {name.strip("."): tensor for name, tensor in made.items()}
 
 
-def filled(module: M, tensors: Mapping[str, Tensor], folder: Path) -> M:
-    """The module with its weights taken from `tensors`; raises IntegrityError if one is missing, extra or misshapen."""
+def filled(module: M, tensors: Mapping[str, Tensor], folder: Path, weights: str = WEIGHTS) -> M:
+    """The module with its weights taken from `tensors`, read from the file called `weights`.
+
+    Raises IntegrityError if one is missing, extra or misshapen.
+    """
     wanted = module.state_dict()
     faults = (
         ("lacks", [name for name in wanted if name not in tensors]),
@@ -98,27 +130,9 @@ def filled(module: M, tensors: Mapping[str, Tensor], folder: Path) -> M:
     )
     told = [f"{fault} {_some(names)}" for fault, names in faults if names]
     if told:
-        raise IntegrityError(f"{folder / WEIGHTS} does not fit its {CONFIG}: it {'; it '.join(told)}")
+        raise IntegrityError(f"{folder / weights} does not fit its {CONFIG}: it {'; it '.join(told)}")
     module.load_state_dict(tensors)
     return module
-
-
-def _config(folder: Path) -> dict[str, object]:
-    path = _present(folder, CONFIG)
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds a {type(config).__name__}; an object of options is wanted")
-    return config
-
-
-def _present(folder: Path, name: str) -> Path:
-    if not (folder / name).is_file():
-        found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-        raise ConfigError(f"{folder} lacks {name}; it holds {', '.join(found) or 'nothing'}")
-    return folder / name
 
 
 def _some(names: list[str]) -> str:

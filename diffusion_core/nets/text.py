@@ -1,8 +1,23 @@
 """Text encoders: what a request says -> the condition a network was trained with; training and serving share them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from diffusion_core.errors import ConfigError, suggest
+from diffusion_core.nets.byte_text import ByteEncoder
+from diffusion_core.nets.clip_text import ClipEncoder
+from diffusion_core.nets.t5_text import T5Encoder
+from diffusion_core.nets.text_encoder import Encoded, TextEncoder
+from diffusion_core.spec import Blueprint
+
+__all__ = ["ClassNames", "Encoded", "TextEncoder", "TextSpec"]
+
+
+class TextSpec(Blueprint):
+    """A text encoder not yet built; `clip` and `t5` also need a tokenizer, which lies beside their weights."""
+
+    known: ClassVar[Mapping[str, type]] = {"bytes": ByteEncoder, "clip": ClipEncoder, "t5": T5Encoder}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from diffusion_core.codec import Pixel
 from diffusion_core.errors import ConfigError, IntegrityError
 from diffusion_core.grid import Grid
 from diffusion_core.multistep import Multistep
+from diffusion_core.nets.text import TextSpec
 from diffusion_core.renoise import Ancestral, Full
 from diffusion_core.sampler import Sampling, generate
 from diffusion_core.solver import Heun
@@ -43,9 +44,24 @@ def make(sampling=SAMPLINGS["first order"]):
     return Bundle(codec, codec_spec, denoiser, denoiser_spec, sampling, ("a", "b", "c"), (1, 8, 8), {"name": "test"})
 
 
+def make_with_text():
+    """The same with a network that reads text too, and its encoder."""
+    torch.manual_seed(0)
+    made, text_spec = make(), TextSpec.read({"kind": "bytes", "width": 8, "length": 12, "heads": 2}, "text")
+    described = DENOISER | {"net": NET | {"text": 8}}
+    denoiser_spec = build(DenoiserSpec, described, "denoiser")
+    denoiser = denoiser_spec.build().eval()
+    for weight in denoiser.parameters():
+        nn.init.normal_(weight, std=0.1)
+    text = text_spec.build().eval().requires_grad_(False)
+    return replace(made, denoiser=denoiser, denoiser_spec=denoiser_spec, text=text, text_spec=text_spec)
+
+
 def pictures(made, seeds, labels=None, sampling=None):
     labels = torch.as_tensor([seed % 3 for seed in seeds] if labels is None else labels)
-    return generate(made.denoiser, made.codec, sampling or made.sampling, made.latent_shape, list(seeds), labels)
+    return generate(
+        made.denoiser, made.codec, sampling or made.sampling, made.latent_shape, list(seeds), {"label": labels}
+    )
 
 
 @pytest.fixture
@@ -111,6 +127,64 @@ def test_json_that_is_no_bundle_is_an_integrity_error(saved, raw):
     manifest.seal(saved, "bundle", {})
     with pytest.raises(IntegrityError, match="bundle.json"):
         bundle.load(saved)
+
+
+def test_a_text_encoder_travels_in_the_bundle(tmp_path):
+    made = make_with_text()
+    bundle.save(made, tmp_path)
+    manifest.seal(tmp_path, "bundle", {})
+    raw = json.loads((tmp_path / "bundle.json").read_text())
+    assert raw["format"] == 1 and raw["text"] == bundle.text_digest(tmp_path / "text")
+    loaded = bundle.load(tmp_path)
+    assert loaded.text_spec == made.text_spec and not any(p.requires_grad for p in loaded.text.parameters())
+    labels, texts = torch.tensor([0, -1, 2]), ["a cat", "a dog", None]
+    asked, again = made.condition(labels, texts), loaded.condition(labels, texts)
+    assert all(torch.equal(asked[name], again[name]) for name in ("label", "text", "mask"))
+
+    def draw(bundle, cond):
+        return generate(bundle.denoiser, bundle.codec, bundle.sampling, bundle.latent_shape, [1, 1, 1], cond)
+
+    assert torch.equal(draw(loaded, again), draw(made, asked))
+    other = draw(made, made.condition(labels, ["a dog", "a dog", None]))
+    assert (other[0] - draw(made, asked)[0]).abs().max() > 1e-3
+    assert torch.equal(other[1:], draw(made, asked)[1:])
+    bundle.save(make(), tmp_path / "without")
+    assert "text" not in json.loads((tmp_path / "without" / "bundle.json").read_text())
+    assert not (tmp_path / "without" / "text").exists()
+    data = bytearray((tmp_path / "text" / "text.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "text" / "text.safetensors").write_bytes(data)
+    with pytest.raises(IntegrityError, match=r"text/text.safetensors"):
+        bundle.load(tmp_path)
+
+
+def test_a_text_alone_in_company_and_repeated_has_the_same_tokens():
+    made = make_with_text()
+    alone = made.condition(torch.tensor([0]), ["a cat"])["text"]
+    company = made.condition(torch.arange(5), ["a dog", "a cat", None, "a cat", "x" * 99])["text"]
+    assert torch.equal(company[1], alone[0]) and torch.equal(company[3], alone[0])
+    with pytest.raises(ConfigError, match="this model has no text encoder"):
+        make().condition(torch.tensor([0]), ["a cat"])
+
+
+def test_the_digest_of_a_codec_is_over_spec_and_weights_only(tmp_path):
+    made = make()
+    bundle.save_codec(made.codec, made.codec_spec, tmp_path)
+    before = bundle.codec_digest(tmp_path)
+    manifest.seal(tmp_path, "codec", {"psnr": 30})
+    (tmp_path / "reconstruction.png").write_bytes(b"a new page")
+    assert bundle.codec_digest(tmp_path) == before
+    with torch.no_grad():
+        next(made.codec.parameters()).view(-1)[0] += 1e-3
+    bundle.save_codec(made.codec, made.codec_spec, tmp_path)
+    after = bundle.codec_digest(tmp_path)
+    raw = json.loads((tmp_path / "codec.json").read_text())
+    raw["codec"]["widths"] = [8, 16]
+    (tmp_path / "codec.json").write_text(json.dumps(raw))
+    assert len({before, after, bundle.codec_digest(tmp_path)}) == 3
+    (tmp_path / "codec.safetensors").unlink()
+    with pytest.raises(IntegrityError, match="codec.safetensors is missing"):
+        bundle.codec_digest(tmp_path)
 
 
 def test_a_codec_alone_round_trips(tmp_path):

@@ -37,7 +37,7 @@ def drawn(request, denoiser):
     """Pictures of chosen rows of SEEDS and LABELS drawn together, and all 64 of them drawn alone."""
 
     def draw(rows, labels=LABELS):
-        return generate(denoiser, Pixel(), SAMPLINGS[request.param], SHAPE, SEEDS[rows], labels[rows])
+        return generate(denoiser, Pixel(), SAMPLINGS[request.param], SHAPE, SEEDS[rows], {"label": labels[rows]})
 
     return draw, torch.cat([draw(torch.tensor([row])) for row in range(64)])
 

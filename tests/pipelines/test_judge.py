@@ -155,7 +155,8 @@ def test_candidates_make_exactly_the_calls_asked_for(real: Real) -> None:
         for calls in asked:
             for sampling in candidates(Sampling(50, guidance=guidance), calls, SOLVERS):
                 net.calls = 0
-                generate(bundle.denoiser, bundle.codec, sampling, (1, SIZE, SIZE), [0, 1, 2], torch.tensor([1, 2, 3]))
+                asked = bundle.condition(torch.tensor([1, 2, 3]))
+                generate(bundle.denoiser, bundle.codec, sampling, (1, SIZE, SIZE), [0, 1, 2], asked)
                 assert net.calls == 3 * calls
     solvers = {calls: [s.solver for s in candidates(Sampling(50), calls, SOLVERS)] for calls in (1, 2, 3)}
     assert solvers[1] == [FirstOrder()]

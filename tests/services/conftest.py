@@ -9,6 +9,8 @@ from fastapi.testclient import TestClient
 
 from diffusion_core import bundle, manifest
 from diffusion_core.bundle import Bundle, DenoiserSpec
+from diffusion_core.codec import Pixel
+from diffusion_core.nets.text import TextSpec
 from diffusion_core.sampler import Sampling
 from diffusion_core.spec import build
 from diffusion_core.vae import CodecSpec
@@ -25,6 +27,8 @@ DENOISER = {
 }
 CODEC = {"kind": "kl_vae", "channels": 1, "widths": [8, 8, 8]}
 
+TEXT = TextSpec.read({"kind": "bytes", "width": 16, "length": 40, "depth": 1, "heads": 2}, "text")
+
 
 def write_bundle(folder: Path, seed: int = 0) -> Path:
     """A sealed bundle whose pictures depend on noise, class, steps and guidance."""
@@ -38,6 +42,23 @@ def write_bundle(folder: Path, seed: int = 0) -> Path:
     sampling = Sampling(steps=2, guidance=1.5, allowed_steps=(1, 2, 4))
     classes = tuple(str(digit) for digit in range(10))
     made = Bundle(codec_spec.build(), codec_spec, denoiser, denoiser_spec, sampling, classes, (1, 32, 32))
+    bundle.save(made, folder)
+    manifest.seal(folder, "bundle", {"kind": "test"})
+    return folder
+
+
+def write_text_bundle(folder: Path, classes: tuple[str, ...]) -> Path:
+    """A sealed bundle whose pictures depend on the text, and on the class where there are any."""
+    torch.manual_seed(0)
+    net = {"kind": "dit", "channels": 1, "size": 8, "width": 16, "depth": 1, "heads": 2}
+    net |= {"classes": len(classes), "text": 16}
+    spec = build(DenoiserSpec, DENOISER | {"net": net}, "denoiser")
+    denoiser = spec.build()
+    for weight in denoiser.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.3)
+    made = Bundle(Pixel(), CodecSpec("pixel"), denoiser, spec, Sampling(2, guidance=1.5), classes, (1, 8, 8))
+    made.text, made.text_spec = TEXT.build(), TEXT
     bundle.save(made, folder)
     manifest.seal(folder, "bundle", {"kind": "test"})
     return folder

@@ -27,7 +27,7 @@ from diffusion_core import bundle, manifest
 from services import web
 from services.config import Target
 from services.service import Service
-from tests.services.conftest import settings
+from tests.services.conftest import settings, write_text_bundle
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
@@ -216,6 +216,27 @@ def test_everything_a_visitor_can_use_has_a_name(browser: Browser, address: str)
     controls = browser.post("/elements", using="css selector", value="form :is(input, select, button)")
     names = [browser.get(f"/element/{name}/computedlabel") for control in controls for name in control.values()]
     assert names == ["Class", "Pictures", "Seed", "Steps", "Guidance", "Draw"]
+
+
+def test_a_model_that_reads_is_given_a_prompt(browser: Browser, tmp_path: Path) -> None:
+    """And asks for no class where there is none."""
+    folder = write_text_bundle(tmp_path / "free", ())
+    service = Service(settings(folder))
+    put(service, folder)
+    with serving(service) as address:
+        browser.open(address)
+        browser.wait("!document.querySelector('fieldset').disabled")
+        browser.press(TAB, *'it\'s "猫" <b>', TAB, "2", ENTER)
+        browser.wait("document.images.length === 2")
+        shown = [png(source) for _, source, _ in browser.js(SHOWN)]
+        assert browser.text("[role=status]").startswith('2 of it\'s "猫" <b> in ')
+        *_, body = shlex.split(browser.text("code"))
+        asked = json.loads(body)
+        assert asked["prompt"] == 'it\'s "猫" <b>' and "label" not in asked
+        assert drawn(ask(address + ROUTE, asked)) == shown
+        assert browser.js("[...document.forms[0].elements].filter(one => one.offsetParent).map(one => one.name)") == [
+            *("", "prompt", "n", "seed", "steps", "guidance", ""),
+        ]
 
 
 def test_a_refusal_is_shown_in_the_servers_words(browser: Browser, folder: Path, tmp_path: Path) -> None:
