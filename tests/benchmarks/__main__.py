@@ -6,9 +6,13 @@ from pathlib import Path
 
 from diffusion_core.errors import suggest
 from tests import measured
-from tests.benchmarks import guidance, lean, sampling, training
+from tests.benchmarks import caching, guidance, lean, preparing, reading, sampling, training, vae
 
 SUITES = {
+    "preparing": preparing.figures,
+    "reading": reading.figures,
+    "vae": vae.figures,
+    "caching": caching.figures,
     "sampling": sampling.figures,
     "guidance": guidance.figures,
     "training": training.figures,
