@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TIMES := .inkwell/demo.times
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench conformance up down lock
+.PHONY: help demo test bench conformance faults doctor up down lock
 
 help: ## print this
 	@echo "Inkwell: train, distil, judge and serve diffusion models as one versioned pipeline"
@@ -29,6 +29,12 @@ bench: .venv/.stamp ## measure beside the peer packages (B=name for one) and rew
 
 conformance: .venv/.stamp ## hold every schedule, target, solver and guide against closed forms; rewrites docs/conformance.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance
+
+faults: .venv/.stamp ## do faults on purpose (F=F10 for one, FULL=1 for the full counts) and rewrite docs/faults.md
+	OMP_NUM_THREADS=1 FULL=$(FULL) SEED=$(SEED) $(BIN)/python -m tests.faults $(F)
+
+doctor: .venv/.stamp ## examine this checkout and repair what a killed run or a torn dvc.lock left
+	@$(BIN)/python -m pipelines.doctor
 
 up: .venv/.stamp ## start MLflow, Ray and the endpoint on this machine; prints their addresses
 	@$(BIN)/python -m infra.local.platform up

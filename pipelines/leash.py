@@ -13,12 +13,23 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the process that started this one is gone; elsewhere than on Linux do nothing."""
+    """Ask the kernel for SIGTERM when the process that started this one is gone; elsewhere than on Linux do nothing.
+
+    Ends this process with code 143 if that one is gone already.
+    """
     parent = os.getppid()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before the kernel was asked
+    if os.getppid() != parent or _orphaned():
         sys.exit(143)
+
+
+def _orphaned() -> bool:
+    """Whether the `dvc repro` that started this process ended before the kernel was asked, as while modules loaded.
+
+    DVC gives its commands its own process group; whoever adopts an orphan is of another.
+    """
+    return "DVC_STAGE" in os.environ and os.getpgid(os.getppid()) != os.getpgrp()
 
 
 if __name__ == "__main__":

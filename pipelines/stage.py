@@ -14,11 +14,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import psutil
 import yaml
 from rich.console import Console
 
@@ -32,6 +33,8 @@ from pipelines.tracking import Tracker
 
 PARAMS = Path("params.yaml")
 STATE = Path(".inkwell")
+LOCK = Path("dvc.lock")
+GRACE = 4.0  # seconds an interrupted stage has to put its things away
 C = TypeVar("C")
 
 
@@ -87,25 +90,38 @@ def run(name: str, config_type: type[C], main: Callable[[C, Stage], Mapping[str,
     """
     console = Console(stderr=True, soft_wrap=True)
     end_with_parent()  # a killed `dvc repro` leaves no writer behind
-    terminated = threading.Event()
+    code = 130
 
-    def terminate(_signal: int, _frame: object) -> None:
-        terminated.set()
+    def interrupt(number: int, _frame: object) -> None:
+        nonlocal code
+        code = 128 + number
+        last = threading.Timer(GRACE, _leave, [code])
+        last.daemon = True
+        last.start()
         raise KeyboardInterrupt  # what Ray lets through; of a SystemExit it would forget the code
 
-    signal.signal(signal.SIGTERM, terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
-        with _lock(name):
+        with holding(name):
             _run(name, config_type, main, Path(out), kind, console)
     except InkwellError as error:
         console.print(f"{name}: {error}", style="red", highlight=False, markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
         console.print(f"{name}: interrupted; run the same command again to go on")
-        sys.exit(143 if terminated.is_set() else 130)
+        sys.exit(code)
     except Exception:
         traceback.print_exc()
         sys.exit(1)
+
+
+def _leave(code: int) -> None:
+    """End this process and all it started, whatever they are at: whoever interrupted a stage does not wait for ever."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(code)
 
 
 def _run(
@@ -120,6 +136,8 @@ def _run(
     draft = STATE / "drafts" / name
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
+    if LOCK.exists():
+        shutil.copyfile(LOCK, STATE / LOCK.name)  # DVC writes over it in place; `make doctor` knows this copy
     tracker = Tracker.start(name, STATE, tags=_identity(), warn=lambda text: console.print(f"{name}: {text}"))
     stage = Stage(name, draft, Path("work") / name, tracker, console)
     status = "FAILED"
@@ -182,8 +200,8 @@ def choice(allowed: Iterable[str]) -> str:
 
 
 @contextmanager
-def _lock(name: str) -> Iterator[None]:
-    """Hold this stage's lock, so that two writers of one folder cannot be."""
+def holding(name: str) -> Iterator[None]:
+    """Hold this stage's lock, so that two writers of one folder cannot be; raises IntegrityError naming who has it."""
     path = STATE / "locks" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -205,8 +223,7 @@ def _holder(file: IO[str]) -> str:
 def _identity() -> dict[str, str]:
     """What this run is of: the commit and the digests of dvc.lock and params.yaml, as tags."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    lock = Path("dvc.lock")
     tags = {"git.commit": commit or "none", "params.digest": manifest.hash_file(PARAMS)}
-    if lock.exists():
-        tags["dvc.lock.digest"] = manifest.hash_file(lock)
+    if LOCK.exists():
+        tags["dvc.lock.digest"] = manifest.hash_file(LOCK)
     return tags | {"pipeline": manifest.digest_of([tags["git.commit"], tags["params.digest"]])}

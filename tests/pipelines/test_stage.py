@@ -39,6 +39,11 @@ def main(config, stage):
     (stage.out / "half").write_text("half")
     if config.act == "wait":
         linger(0)
+    if config.act == "linger":
+        try:
+            linger(0)
+        finally:
+            time.sleep(120)
     if config.act == "ray":
         list(launch.map(linger, [0], workers=1))
     if config.act == "refuse":
@@ -252,3 +257,47 @@ def test_a_stage_ends_with_its_parent(place: Place) -> None:
         time.sleep(0.1)
     assert not living(stage) and not place.drafts
     assert not place.out.exists()
+
+
+def test_a_stage_whose_parent_was_gone_before_it_asked_writes_nothing(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when `dvc repro` is killed while the stage still loads its modules."""
+    monkeypatch.setenv("DVC_STAGE", "tiny")
+    late = "import os, sys, time; time.sleep(1.5); os.execv(sys.executable, [sys.executable, 'tiny.py'])"
+    starter = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {late!r}]).pid, flush=True)"
+    parent = place.start(sys.executable, "-c", starter)
+    stage = psutil.Process(int(parent.stdout.readline()))
+    parent.wait(30)
+    last = time.monotonic() + 60
+    while living(stage) and time.monotonic() < last:
+        time.sleep(0.1)
+    parent.communicate()
+    assert not living(stage)
+    assert not place.out.exists() and not place.drafts
+
+
+def test_under_dvc_a_stage_with_its_parent_writes(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_STAGE", "tiny")
+    starter = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, 'tiny.py']).returncode)"
+    parent = place.start(sys.executable, "-c", starter)
+    _, said = parent.communicate(timeout=90)
+    assert parent.returncode == 0, said
+    assert manifest.verify(place.out)
+
+
+def test_an_interrupted_stage_that_will_not_end_is_ended(place: Place) -> None:
+    place.params("tiny: {number: 6, act: linger}")
+    process = place.start(stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    place.wait("ready", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    place.params("tiny: {number: 6}")
+    assert place.run()[0] == 0
+    assert manifest.verify(place.out).about == {"number": 6} and not place.drafts
+
+
+def test_dvcs_lock_is_kept_as_it_was_when_the_stage_began(place: Place) -> None:
+    (place.folder / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    assert place.run()[0] == 0
+    assert (place.folder / ".inkwell/dvc.lock").read_text() == "schema: '2.0'\nstages: {}\n"
