@@ -67,8 +67,7 @@ class Config:
 
 def main(config: Config, stage: Stage) -> dict[str, Any]:
     """Encode what the store lacks, then write the moments of each split and the tables of their keys."""
-    folder, data = stage.input("artifacts/data", "data")
-    stage.input("artifacts/validation", "validation")
+    folder, data = stage.validated_data()
     codec_folder, _ = stage.input("artifacts/codec", "codec")
     code = encoding.code_of(bundle.load_codec(codec_folder)[0])
     codec = Encoder(codec_folder.resolve(), bundle.codec_digest(codec_folder), code, config.dtype, config.batch)

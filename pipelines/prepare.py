@@ -131,10 +131,9 @@ def main(config: Config, stage: Stage) -> dict[str, Any]:
     defects = sum(count for kind, count in left_out.items() if kind not in DECISIONS)
     decisions = {kind: left_out[kind] for kind in DECISIONS}
     stage.tracker.metrics({**counts, "quarantined": defects, **decisions})
-    stage.say(
-        f"{counts['train']:,} pictures in train, {counts['val']:,} in val, {defects:,} quarantined, "
-        + ", ".join(f"{count:,} left out as {kind}" for kind, count in decisions.items())
-    )
+    said = [f"{counts['train']:,} pictures in train", f"{counts['val']:,} in val", f"{defects:,} quarantined"]
+    said += [f"{count:,} left out as {kind}" for kind, count in decisions.items() if count]
+    stage.say(f"{', '.join(said)}; see {quarantine.REPORT}")
     return {
         "source": spec(config.source),
         "resolution": config.resolution,

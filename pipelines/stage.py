@@ -34,6 +34,7 @@ from pipelines.tracking import Tracker
 PARAMS = Path("params.yaml")
 STATE = Path(".inkwell")
 LOCK = Path("dvc.lock")
+DATA, VALIDATION = "artifacts/data", "artifacts/validation"
 GRACE = 4.0  # seconds an interrupted stage has to put its things away
 C = TypeVar("C")
 
@@ -57,6 +58,14 @@ class Stage:
         self.parents[folder] = found.digest
         self.tracker.tags({f"input.{folder}": found.digest})
         return path, found
+
+    def validated_data(self) -> tuple[Path, Manifest]:
+        """The prepared pictures; raises IntegrityError unless it was these that passed validation."""
+        folder, found = self.input(DATA, "data")
+        _, passed = self.input(VALIDATION, "validation")
+        if passed.parents.get(DATA) != found.digest:
+            raise IntegrityError(f"{VALIDATION} is of another {DATA} than the one that is there; run validate again")
+        return folder, found
 
     def say(self, text: str) -> None:
         """Print one line about this stage."""

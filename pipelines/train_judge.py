@@ -50,8 +50,7 @@ def _one_thread() -> Iterator[None]:
 @_one_thread()
 def main(config: Config, stage: Stage) -> Mapping[str, Any]:
     """Write extractor, judge, reference moments and judge.json; tells how well both classify the held-out pictures."""
-    folder, data = stage.input("artifacts/data", "data")
-    stage.input("artifacts/validation", "validation")
+    folder, data = stage.validated_data()
     (images, labels), (val_images, val_labels) = _tensors(folder, "train"), _tensors(folder, "val")
     shape = Shape(images.shape[1], images.shape[2], len(data.about["classes"]))
     with stage.bar("extractor", config.images) as bar:

@@ -97,8 +97,7 @@ class Job:
 
 def main(config: Config, stage: Stage) -> dict[str, Any]:
     """Train or import the codec, normalize its latents and measure what it loses on held-out pictures."""
-    folder, data = stage.input("artifacts/data", "data")
-    stage.input("artifacts/validation", "validation")
+    folder, data = stage.validated_data()
     train, held_out = Pictures.open(folder, "train"), Pictures.open(folder, "val")
     codec_spec, codec = _made(config, train.shape[0])
     for channels, height, width in {*train.shapes, *held_out.shapes}:

@@ -20,7 +20,6 @@ from tests.pipelines.latent_inputs import (
     some,
     write_codec,
     write_data,
-    write_validation,
 )
 
 FAULT = "poisoned latent cache"
@@ -47,7 +46,6 @@ def edited(here: Place, edits: list[str], drawn: random.Random) -> list[Figure]:
     OUT.symlink_to(LATENTS)
     write_data(pictures)
     write_codec(codec)
-    write_validation()
     here.done("cache_latents", {"dtype": dtype, "batch": 4})
     stale, refused = 0, []
     for edit in edits:

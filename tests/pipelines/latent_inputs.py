@@ -71,7 +71,7 @@ def in_order(pictures: Sequence[Made]) -> list[Made]:
 
 
 def write_data(pictures: Sequence[Made]) -> None:
-    """The data folder of these pictures."""
+    """The data folder of these pictures, and that of a validation that they passed."""
     emptied(DATA)
     groups: dict[tuple[str, int, int], list[Made]] = {}
     for one in in_order(pictures):
@@ -98,7 +98,9 @@ def write_data(pictures: Sequence[Made]) -> None:
     index.write(DATA / INDEX, PictureRow, rows)
     counts = {split: sum(one.split == split for one in pictures) for split in ("train", "val")}
     about = {"classes": ["a", "b", "c"], "channels": 3, "counts": counts, "shapes": [list(size) for size in sizes]}
-    manifest.seal(DATA, "data", about | {"resolution": sizes[0][0]})
+    sealed = manifest.seal(DATA, "data", about | {"resolution": sizes[0][0]})
+    emptied(VALIDATION)
+    manifest.seal(VALIDATION, "validation", {}, parents={DATA.as_posix(): sealed.digest})
 
 
 def write_codec(codec: Codec, spec: CodecSpec = CODEC) -> None:
@@ -106,12 +108,6 @@ def write_codec(codec: Codec, spec: CodecSpec = CODEC) -> None:
     emptied(CODEC_FOLDER)
     bundle.save_codec(codec, spec, CODEC_FOLDER)
     manifest.seal(CODEC_FOLDER, "codec", {})
-
-
-def write_validation() -> None:
-    """The folder of a validation that passed."""
-    emptied(VALIDATION)
-    manifest.seal(VALIDATION, "validation", {})
 
 
 def fresh_codec(seed: int = 0) -> KlVae:
@@ -137,7 +133,6 @@ def write_inputs() -> KlVae:
     codec = fresh_codec()
     write_data(some(20))
     write_codec(codec)
-    write_validation()
     return codec
 
 

@@ -72,7 +72,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
         source = {"source": {"kind": "digits"}, "channels": 1, "resolution": SIZE}
         data, _ = run_stage(prepare.main, build(prepare.Config, source, "prepare"), "artifacts/data", "data")
         Path("artifacts/validation").mkdir()
-        manifest.seal(Path("artifacts/validation"), "validation", {})
+        passed = {"artifacts/data": manifest.read(data).digest}
+        manifest.seal(Path("artifacts/validation"), "validation", {}, parents=passed)
         folder, _ = run_stage(train_judge.main, build(train_judge.Config, JUDGE, "judge"), "artifacts/judge", "judge")
         yield Real(root, read_samples(data, "train"), read_samples(data, "val"), load_ruler(folder))
 

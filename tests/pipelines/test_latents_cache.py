@@ -21,6 +21,7 @@ from tests.pipelines.latent_inputs import (
     CODEC_FOLDER,
     OUT,
     TEXT,
+    VALIDATION,
     cached,
     files,
     fresh_codec,
@@ -239,3 +240,11 @@ def test_a_change_of_the_encoders_code_is_another_encoder(monkeypatch: pytest.Mo
     for name, matters in counts.items():
         monkeypatch.setattr(manifest, "hash_file", lambda path, name=name: hashed(path) + "!" * (path.name == name))
         assert (encoding.code_of(codec) != before) == matters, name
+
+
+def test_a_validation_of_other_pictures_opens_no_gate() -> None:
+    passed = (VALIDATION / manifest.NAME).read_bytes()
+    write_data(some(21))
+    (VALIDATION / manifest.NAME).write_bytes(passed)
+    with pytest.raises(IntegrityError, match="artifacts/validation is of another artifacts/data"):
+        cached(OUT)

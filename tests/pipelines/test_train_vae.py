@@ -82,9 +82,11 @@ class Run(NamedTuple):
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout with checked inputs, whose pictures are in memory: 24 of 16x16 and 16 of 8x24, grey."""
     monkeypatch.chdir(tmp_path)
+    parents: dict[str, str] = {}
     for name in ("data", "validation"):
         Path(f"artifacts/{name}").mkdir(parents=True)
-        manifest.seal(Path(f"artifacts/{name}"), name, {"classes": ["none"]})
+        sealed = manifest.seal(Path(f"artifacts/{name}"), name, {"classes": ["none"]}, parents=parents)
+        parents[f"artifacts/{name}"] = sealed.digest
     parts = [(24, 1, 16, 16), (16, 1, 8, 24)]
     monkeypatch.setattr(Memory, "splits", {split: [smooth(*p, i) for p in parts] for i, split in enumerate(SPLITS)})
     monkeypatch.setattr(train_vae, "Pictures", Memory)
