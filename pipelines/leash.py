@@ -20,14 +20,15 @@ def end_with_parent() -> None:
     parent = os.getppid()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent or _orphaned():
+    if os.getppid() != parent:
         sys.exit(143)
 
 
-def _orphaned() -> bool:
-    """Whether the `dvc repro` that started this process ended before the kernel was asked, as while modules loaded.
+def orphaned() -> bool:
+    """Whether the `dvc repro` that started this stage ended before the kernel was asked, as while modules loaded.
 
-    DVC gives its commands its own process group; whoever adopts an orphan is of another.
+    DVC gives its commands its own process group; whoever adopts an orphan is of another. Of a server that a stage has
+    started in a session of its own this says nothing.
     """
     return "DVC_STAGE" in os.environ and os.getpgid(os.getppid()) != os.getpgrp()
 

@@ -27,7 +27,7 @@ from diffusion_core import manifest
 from diffusion_core.errors import ConfigError, InkwellError, IntegrityError, suggest
 from diffusion_core.manifest import Manifest
 from diffusion_core.spec import build, flatten, spec
-from pipelines.leash import end_with_parent
+from pipelines.leash import end_with_parent, orphaned
 from pipelines.progress import Bar, follow
 from pipelines.tracking import Tracker
 
@@ -99,6 +99,8 @@ def run(name: str, config_type: type[C], main: Callable[[C, Stage], Mapping[str,
     """
     console = Console(stderr=True, soft_wrap=True)
     end_with_parent()  # a killed `dvc repro` leaves no writer behind
+    if orphaned():
+        sys.exit(143)
     code = 130
 
     def interrupt(number: int, _frame: object) -> None:
