@@ -62,7 +62,7 @@ class Config:
     """`codec` kl_vae or ldm_vae is trained by `plan`; pixel and pretrained need no training and no plan.
 
     The loss is the error of `reconstruction`, `kl` times the divergence and, if given, a `perceptual` and an
-    `adversarial` term. Latents are normalized by at most `normalize_images` pictures, chosen evenly.
+    `adversarial` term; with `flip` half of the pictures it sees are mirrored. Latents are normalized by at most `normalize_images` pictures, chosen evenly.
     """
 
     codec: Source
@@ -71,6 +71,7 @@ class Config:
     reconstruction: Literal["mse", "l1"] = "mse"
     perceptual: Perceptual | None = None
     adversarial: Adversarial | None = None
+    flip: bool = False
     normalize_images: int = 50_000
     cluster: Cluster = field(default_factory=lambda: Cluster(workers=0))
 
@@ -140,7 +141,8 @@ def loop(job: Job, device: str) -> None:
         adversarial=config.adversarial,
         batch=job.plan.batch,
     )
-    averages = resume_and_fit(objective, Pictures.open(job.pictures, "train"), job.plan, job.place, device)
+    pictures = Pictures.open(job.pictures, "train", flip=config.flip)
+    averages = resume_and_fit(objective, pictures, job.plan, job.place, device)
     publish_weights(averages["vae"], job.weights)
 
 

@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion_core import bundle, manifest
@@ -44,8 +45,9 @@ class Memory:
         self.asked: list[int] = []
 
     @classmethod
-    def open(cls, folder: Path, split: str) -> "Memory":
-        return cls(cls.splits[split])
+    def open(cls, folder: Path, split: str, *, flip: bool = False) -> "Memory":
+        turned = [part.flip(3) for part in cls.splits[split]]
+        return cls(turned if flip else cls.splits[split])
 
     def __len__(self) -> int:
         return sum(self.groups)
@@ -139,6 +141,15 @@ def test_the_codec_is_normalized_measured_and_published(here: Path) -> None:
         **{name: about[name] for name in ("psnr", "ssim")},
     }
     assert [call.args[0].name for call in tracker.artifact.call_args_list] == ["reconstructions.png", "worst.png"]
+
+
+def test_with_flip_it_is_trained_on_what_the_reader_mirrors(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(KL_VAE | {"flip": True}, "flipped")
+    turned = {"train": [part.flip(3) for part in Memory.splits["train"]], "val": Memory.splits["val"]}
+    monkeypatch.setattr(Memory, "splits", turned)
+    run(KL_VAE)
+    flipped, by_hand = (load_file(f"{name}/codec.safetensors") for name in ("flipped", "codec"))
+    assert all(torch.equal(flipped[name], by_hand[name]) for name in flipped if name not in ("shift", "scale"))
 
 
 def test_the_pages_show_pairs_of_the_commonest_size_and_the_worst_of_them(here: Path) -> None:
