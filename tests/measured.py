@@ -34,6 +34,15 @@ def holds(measured: float, bound: str) -> bool:
     return {"<=": measured <= float(number), ">=": measured >= float(number)}[relation]
 
 
+def peak_memory() -> int:
+    """The most memory that this process has had, in bytes (Linux).
+
+    What getrusage tells begins with what the parent had when it started this process, and may hide all of it.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
 def device() -> str:
     """This machine's processor by name, and how many."""
     info = Path("/proc/cpuinfo")

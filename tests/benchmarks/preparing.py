@@ -2,7 +2,6 @@
 
 import io
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from pipelines.stage import Stage
 from pipelines.tracking import Tracker
 from tests.benchmarks.timing import Figure, alternate, ratio
 from tests.made import picture
-from tests.measured import ROOT
+from tests.measured import ROOT, peak_memory
 
 ROUNDS = 7
 PICTURES = 1000
@@ -86,16 +85,16 @@ def memory() -> Figure:
     for count in (FEW, MANY):
         command = [sys.executable, "-c", program, str(count)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout) / 1024)
+        peaks.append(int(done.stdout) / 2**20)
     name = f"prepare, peak memory with {MANY:,} pictures above that with {FEW:,}"
     return Figure(name, peaks[1] - peaks[0], "MB", "<= 150")
 
 
 def peak(count: int) -> None:
-    """Prepare so many tiny pictures and print the peak of this process's memory in kB."""
+    """Prepare so many tiny pictures and print the peak of this process's memory in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         _run({"source": {"kind": "generated", "count": count}, "resolution": 8, "near_duplicates": 2}, Path(folder))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(peak_memory())
 
 
 def found() -> Iterator[Figure]:
