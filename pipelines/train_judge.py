@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_core.errors import ConfigError
+from diffusion_core.errors import ConfigError, DataError
 from diffusion_core.images import to_tensor
 from diffusion_core.metrics import judge
 from diffusion_core.metrics.extractor import Shape, train_extractor
 from diffusion_core.metrics.moments import moments_of
 from diffusion_core.metrics.ruler import Real, measure_unit, save_ruler
+from pipelines.data.index import NO_LABEL
 from pipelines.data.reader import read_samples
 from pipelines.stage import Stage, run
 
@@ -49,9 +50,17 @@ def _one_thread() -> Iterator[None]:
 
 @_one_thread()
 def main(config: Config, stage: Stage) -> Mapping[str, Any]:
-    """Write extractor, judge, reference moments and judge.json; tells how well both classify the held-out pictures."""
+    """Write extractor, judge, reference moments and judge.json; tells how well both classify the held-out pictures.
+
+    Raises DataError for pictures without a class.
+    """
     folder, data = stage.validated_data()
     (images, labels), (val_images, val_labels) = _tensors(folder, "train"), _tensors(folder, "val")
+    if unknown := int((torch.cat((labels, val_labels)) == NO_LABEL).sum()):
+        raise DataError(
+            f"{unknown:,} of {len(labels) + len(val_labels):,} pictures have no class, and the judge is a classifier of "
+            "classes; name the classes, or end with `dvc repro train`"
+        )
     shape = Shape(images.shape[1], images.shape[2], len(data.about["classes"]))
     with stage.bar("extractor", config.images) as bar:
 

@@ -19,7 +19,7 @@ from diffusion_core.bundle import Bundle, DenoiserSpec
 from diffusion_core.codec import Pixel
 from diffusion_core.denoiser import Denoiser, QuarterLogNoise, UnitVariance
 from diffusion_core.errors import ConfigError, DataError, RefusedError
-from diffusion_core.images import decode, to_tensor
+from diffusion_core.images import decode, encode_png, to_tensor
 from diffusion_core.metrics import judge
 from diffusion_core.metrics.passport import Passport
 from diffusion_core.metrics.ruler import Ruler, Scoring, load_ruler
@@ -60,6 +60,13 @@ def run_stage(main: Any, config: Any, folder: str, kind: str) -> tuple[Path, Any
     return out, tracker
 
 
+def pass_validation(data: Path) -> None:
+    """The folder of a validation that the data passed."""
+    folder = Path("artifacts/validation")
+    folder.mkdir()
+    manifest.seal(folder, "validation", {}, parents={"artifacts/data": manifest.read(data).digest})
+
+
 JUDGE = {"images": 9000, "batch": 128, "lr": 4e-3, "seed": 0}
 
 
@@ -71,9 +78,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setattr(judge, "WIDTHS", (2.0,))  # for speed
         source = {"source": {"kind": "digits"}, "channels": 1, "resolution": SIZE}
         data, _ = run_stage(prepare.main, build(prepare.Config, source, "prepare"), "artifacts/data", "data")
-        Path("artifacts/validation").mkdir()
-        passed = {"artifacts/data": manifest.read(data).digest}
-        manifest.seal(Path("artifacts/validation"), "validation", {}, parents=passed)
+        pass_validation(data)
         folder, _ = run_stage(train_judge.main, build(train_judge.Config, JUDGE, "judge"), "artifacts/judge", "judge")
         yield Real(root, read_samples(data, "train"), read_samples(data, "val"), load_ruler(folder))
 
@@ -146,6 +151,19 @@ def test_the_ruler_is_fixed_by_its_seed(real: Real, monkeypatch: pytest.MonkeyPa
     ]
     one, same, other = (manifest.read(folder, "judge").digest for folder in folders)
     assert one == same != other
+
+
+def test_pictures_without_a_class_make_no_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("flat").mkdir()
+    for n in range(20):
+        noise = np.random.default_rng(n).integers(0, 256, (8, 8, 1), np.uint8)
+        Path(f"flat/{n}.png").write_bytes(encode_png(noise))
+    source = {"source": {"kind": "image_folder", "path": "flat"}, "channels": 1, "resolution": 8}
+    data, _ = run_stage(prepare.main, build(prepare.Config, source, "prepare"), "artifacts/data", "data")
+    pass_validation(data)
+    with pytest.raises(DataError, match="20 of 20 pictures have no class"):
+        run_stage(train_judge.main, build(train_judge.Config, JUDGE, "judge"), "artifacts/judge", "judge")
 
 
 def test_candidates_make_exactly_the_calls_asked_for(real: Real) -> None:
