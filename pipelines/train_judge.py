@@ -58,8 +58,8 @@ def main(config: Config, stage: Stage) -> Mapping[str, Any]:
     (images, labels), (val_images, val_labels) = _tensors(folder, "train"), _tensors(folder, "val")
     if unknown := int((torch.cat((labels, val_labels)) == NO_LABEL).sum()):
         raise DataError(
-            f"{unknown:,} of {len(labels) + len(val_labels):,} pictures have no class, and the judge is a classifier of "
-            "classes; name the classes, or end with `dvc repro train`"
+            f"{unknown:,} of {len(labels) + len(val_labels):,} pictures have no class, and the judge is a classifier; "
+            "name the classes, or end with `dvc repro train`"
         )
     shape = Shape(images.shape[1], images.shape[2], len(data.about["classes"]))
     with stage.bar("extractor", config.images) as bar:

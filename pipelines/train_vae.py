@@ -62,7 +62,8 @@ class Config:
     """`codec` kl_vae or ldm_vae is trained by `plan`; pixel and pretrained need no training and no plan.
 
     The loss is the error of `reconstruction`, `kl` times the divergence and, if given, a `perceptual` and an
-    `adversarial` term; with `flip` half of the pictures it sees are mirrored. Latents are normalized by at most `normalize_images` pictures, chosen evenly.
+    `adversarial` term; with `flip` half of the pictures it sees are mirrored. Latents are normalized by at most
+    `normalize_images` pictures, chosen evenly.
     """
 
     codec: Source
