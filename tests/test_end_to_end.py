@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from dvc.repo import Repo
 
 from diffusion_core import manifest
 
@@ -135,6 +136,36 @@ def test_a_second_repro_runs_nothing_and_a_changed_student_only_its_branch(check
     status = json.loads(run(checkout, "-m", "dvc", "status", "--json"))
     params.write_text(before)
     assert list(status) == ["distill@consistency"]
+
+
+def test_a_changed_parameter_touches_the_stages_that_declare_it_and_no_other(checkout: Path) -> None:
+    """Every setting in turn, held against dvc.yaml as plain YAML."""
+    declared: dict[str, list[str]] = {}
+    for name, stage in yaml.safe_load((checkout / "dvc.yaml").read_text())["stages"].items():
+        for item in stage.get("foreach", [None]):
+            (section,) = stage.get("do", stage)["params"]
+            section = section.replace("${item}", str(item)).replace("${key}", str(item))
+            declared[name if item is None else f"{name}@{item}"] = section.split(".")
+    params = checkout / "params.yaml"
+    before = params.read_text()
+    try:
+        for section in declared.values():
+            for setting in at(yaml.safe_load(before), section):
+                changed = yaml.safe_load(before)
+                at(changed, section)[setting] = "another"
+                params.write_text(yaml.safe_dump(changed))
+                with Repo(str(checkout)) as repo:
+                    touched = set(repo.status())
+                assert touched == {name for name, other in declared.items() if other == section}, (section, setting)
+    finally:
+        params.write_text(before)
+
+
+def at(params: dict, section: list[str]) -> dict:
+    """One section of the settings."""
+    for name in section:
+        params = params[name]
+    return params
 
 
 def test_an_interrupted_training_leaves_no_process_and_resumes(checkout: Path) -> None:
