@@ -21,6 +21,7 @@ from diffusion_core.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64 * 1024 * 1024
+MOST_PIXELS = 178_956_970  # above which Pillow itself refuses
 MODES = {1: "L", 3: "RGB"}
 WHITE = (255, 255, 255)
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -168,7 +169,7 @@ def _check_header(picture: Image.Image, max_pixels: int, min_side: int, origin: 
         raise PictureError("too_large", f"{origin} has {size} pixels; at most {max_pixels} are allowed")
     if min(picture.size) < min_side:
         raise PictureError("too_small", f"{origin} has {size} pixels; a side of at least {min_side} is wanted")
-    if getattr(picture, "is_animated", False):
+    if picture.format != "MPO" and getattr(picture, "is_animated", False):  # MPO: a camera's JPEG with a preview
         frames = getattr(picture, "n_frames", "several")
         raise PictureError("animated", f"{origin} is an animation of {frames} frames; one picture is wanted")
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from diffusion_core import images
 from diffusion_core.errors import ConfigError
 from diffusion_core.images import Color, Crop, Fit, Shape
-from diffusion_core.spec import spec
+from diffusion_core.spec import snake, spec
 from pipelines import launch
 from pipelines.data import duplicates, index, opt_out, preparing, quarantine
 from pipelines.data.index import INDEX, NO_LABEL, PictureRow, RefusalRow
@@ -65,6 +65,8 @@ class Config:
         for name in ("resolution", "shard_samples", "min_side", "max_pixels"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)}: at least 1 is wanted")
+        if self.max_pixels > images.MOST_PIXELS:
+            raise ConfigError(f"max_pixels {self.max_pixels}: at most {images.MOST_PIXELS} can be decoded")
         for name in ("max_consecutive", "workers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)}: 0 or more are wanted")
@@ -135,7 +137,7 @@ def main(config: Config, stage: Stage) -> dict[str, Any]:
     said += [f"{count:,} left out as {kind}" for kind, count in decisions.items() if count]
     stage.say(f"{', '.join(said)}; see {quarantine.REPORT}")
     return {
-        "source": spec(config.source),
+        "source": {"kind": snake(type(config.source).__name__), "name": _name(config.source)},
         "resolution": config.resolution,
         "channels": config.channels,
         "shapes": spec(shapes),
@@ -148,6 +150,13 @@ def main(config: Config, stage: Stage) -> dict[str, Any]:
         "quarantined": defects,
         "left_out": decisions,
     }
+
+
+def _name(source: Source) -> str:
+    """What the pictures are called: the last part of the first path, or the source's kind."""
+    said = spec(source)
+    path: str = next(iter(said.get("paths") or ()), None) or said.get("path") or said["kind"]
+    return PurePosixPath(path).name
 
 
 def in_val(sha256: NDArray[np.bytes_], val_share: float) -> NDArray[np.bool_]:

@@ -35,6 +35,7 @@ PARAMS = Path("params.yaml")
 STATE = Path(".inkwell")
 LOCK = Path("dvc.lock")
 DATA, VALIDATION = "artifacts/data", "artifacts/validation"
+PLACES = ("cluster", "workers", "store", "store_gb", "source")  # of a source the bytes decide
 GRACE = 4.0  # seconds an interrupted stage has to put its things away
 C = TypeVar("C")
 
@@ -73,9 +74,8 @@ class Stage:
 
     def identity(self, config: object) -> str:
         """Digest of all that decides this stage's result: config, inputs and the core's code, not the cluster."""
-        decisive = {key: value for key, value in spec(config).items() if key != "cluster"}
         code = {path.as_posix(): manifest.hash_file(path) for path in sorted(Path("diffusion_core").rglob("*.py"))}
-        return manifest.digest_of([self.name, decisive, self.parents, code])
+        return manifest.digest_of([self.name, decisive(config), self.parents, code])
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Bar]:
@@ -127,6 +127,11 @@ def run(name: str, config_type: type[C], main: Callable[[C, Stage], Mapping[str,
         sys.exit(1)
 
 
+def decisive(config: object) -> dict[str, Any]:
+    """What of a config decides the result, as plain data: not where the work is done, nor where its pictures lie."""
+    return {key: value for key, value in spec(config).items() if key not in PLACES}
+
+
 def _leave(code: int) -> None:
     """End this process and all it started, whatever they are at: whoever interrupted a stage does not wait for ever."""
     for child in psutil.Process().children(recursive=True):
@@ -159,7 +164,7 @@ def _run(
             draft,
             kind,
             about,
-            config=manifest.digest_of(spec(config)),
+            config=manifest.digest_of(decisive(config)),
             parents=stage.parents,
             samples=stage.samples,
         )

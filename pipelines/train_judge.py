@@ -85,7 +85,7 @@ def main(config: Config, stage: Stage) -> Mapping[str, Any]:
         "extractor": _share(_in_batches(extractor.logits, val_images, config.batch).argmax(1), val_labels),
         "judge": _share(classifier.predict(val_images), val_labels),
     }
-    described = save_ruler(stage.out, dataset_name(data.about["source"]), extractor, classifier, real, unit, accuracy)
+    described = save_ruler(stage.out, data.about["source"]["name"], extractor, classifier, real, unit, accuracy)
     shares = {f"accuracy/{who}": share for who, share in accuracy.items()}
     stage.tracker.metrics({"unit": unit.mean, "unit_std": unit.std, **shares}, config.images)
     stage.say(
@@ -93,11 +93,6 @@ def main(config: Config, stage: Stage) -> Mapping[str, Any]:
         f"{accuracy['extractor']:.4f} extractor, {accuracy['judge']:.4f} judge"
     )
     return described
-
-
-def dataset_name(source: Mapping[str, Any]) -> str:
-    """The name that a metric carries of the data it was made on: the folder's, or the source's kind."""
-    return Path(source.get("path") or source["kind"]).name
 
 
 def _tensors(folder: Path, split: str) -> tuple[Tensor, Tensor]:

@@ -155,7 +155,7 @@ def test_a_changed_parameter_touches_the_stages_that_declare_it_and_no_other(che
                 at(changed, section)[setting] = "another"
                 params.write_text(yaml.safe_dump(changed))
                 with Repo(str(checkout)) as repo:
-                    touched = set(repo.status())
+                    touched = {name.rpartition(":")[2] for name in repo.status()}
                 assert touched == {name for name, other in declared.items() if other == section}, (section, setting)
     finally:
         params.write_text(before)

@@ -61,6 +61,8 @@ class Arrays:
         numbers, and if there is none at all.
         """
         if isinstance(where, Path):
+            if not where.is_dir():
+                raise DataError(f"{where} is no folder; a folder of tars, or a list of tars, is wanted")
             found = manifest.read(where) if (where / manifest.NAME).is_file() else None
             there = found.files if found else [path.name for path in where.iterdir()]
             shards, names = Shards(where, found), sorted(name for name in there if name.endswith(".tar"))

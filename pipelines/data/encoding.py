@@ -8,7 +8,7 @@ a sample gives is then the same to the bit, whichever others are encoded with it
 """
 
 import hashlib
-import inspect
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from pipelines.data.wanted import What
 LAYOUT, TEXT_LAYOUT = "mean+std", "text+mask"
 RANGE = [-1, 1]
 CORE = "diffusion_core."
+FOLLOWED = (f"{CORE}nets.", f"{CORE}adapters.tokenizer")
 SEGMENT_BYTES = 64 * 2**20  # a segment is closed at this size
 SEGMENT_SECONDS = 120.0  # or after this time: all that a killed worker can lose
 
@@ -61,15 +62,23 @@ def caption_recipe(encoder: Encoder) -> bytes:
 def code_of(encoder: nn.Module) -> str:
     """SHA-256 (hex) over our source files that a module's classes, and those they inherit from, stand in.
 
-    The file in which pixels become numbers counts too, so that a corrected encoder reads no entries of a wrong one.
+    The files of networks and tokenizers that these import count too, and the one in which pixels become numbers, so
+    that a corrected encoder reads no entries of a wrong one.
     """
-    classes = {known for part in encoder.modules() for known in type(part).__mro__ if known.__module__.startswith(CORE)}
-    files = {inspect.getfile(known) for known in classes} | {images.__file__}
-    return manifest.digest_of({Path(path).name: manifest.hash_file(Path(path)) for path in files})
+    names = {known.__module__ for part in encoder.modules() for known in type(part).__mro__}
+    waiting = sorted(name for name in names if name.startswith(CORE)) + [images.__name__]
+    found: dict[str, str] = {}
+    while waiting:
+        module = sys.modules[name := waiting.pop()]
+        found[name] = manifest.hash_file(Path(str(module.__file__)))
+        used = {str(getattr(value, "__module__", "")) for value in vars(module).values()}
+        waiting += [other for other in used if other.startswith(FOLLOWED) and other not in found]
+    return manifest.digest_of(found)
 
 
 def _digest(recipe: dict[str, object], encoder: Encoder) -> bytes:
     made_by = {"weights": encoder.digest, "code": encoder.code, "dtype": encoder.dtype}
+    made_by |= {"batch": str(encoder.batch)}  # another one may round otherwise
     return bytes.fromhex(manifest.digest_of(recipe | made_by))
 
 

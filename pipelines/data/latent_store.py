@@ -9,6 +9,7 @@ The store belongs to no run: many may read and fill it at once, on storage that 
 import errno
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion_core import manifest
-from diffusion_core.errors import IntegrityError
+from diffusion_core.errors import ConfigError, IntegrityError, UnreachableError
 from diffusion_core.weights import read_tensors, write_tensors
 
 Keys = NDArray[np.uint8]  # (N, 32), one SHA-256 a row
@@ -31,6 +32,7 @@ KEY_BYTES = 32
 KEY, ENTRIES, KIND = "key", "entries.safetensors", "segment"
 ABANDONED = 24 * 3600.0  # seconds after which a draft has no writer any more
 NOWHERE = -1
+NAME = re.compile("[0-9a-f]{64}")  # of a segment; what else lies in the folder is not ours
 
 
 def key_of(recipe: bytes, content: bytes) -> bytes:
@@ -78,7 +80,10 @@ class Store:
         self.root, self.folder, self.drafts = folder, folder / "segments", folder / "drafts"
         self.opened: dict[str, dict[str, Tensor]] = {}
         for part in (self.folder, self.drafts):
-            part.mkdir(parents=True, exist_ok=True)
+            try:
+                part.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"store: the folder {part} cannot be made: {error.strerror}") from error
 
     def find(self, wanted: Keys) -> Found:
         """Where each wanted entry (N, 32) lies; every segment that is used has been held against its manifest."""
@@ -86,7 +91,7 @@ class Store:
         segments: list[dict[str, Tensor]] = []
         segment, row = np.full(len(unique), NOWHERE), np.zeros(len(unique), np.int64)
         damaged = 0
-        for name in sorted(path.name for path in self.folder.iterdir()):
+        for name in sorted(path.name for path in self.folder.iterdir() if NAME.fullmatch(path.name)):
             try:
                 keys = self._keys(name)
                 at = np.searchsorted(unique, keys)
@@ -134,7 +139,17 @@ class Store:
         return dropped
 
     def _keys(self, name: str) -> NDArray[np.bytes_]:
-        """The keys of a segment, not yet held against its manifest."""
+        """The keys of a segment, not yet held against its manifest.
+
+        Raises IntegrityError for one that is damaged, UnreachableError for one that cannot be opened just now.
+        """
+        try:
+            with (self.folder / name / ENTRIES).open("rb"):
+                pass
+        except FileNotFoundError:
+            raise IntegrityError(f"{self.folder / name} has no {ENTRIES}") from None
+        except OSError as error:
+            raise UnreachableError(f"{self.folder / name} cannot be opened: {error.strerror}") from error
         tensors = self.opened[name] if name in self.opened else read_tensors(self.folder / name / ENTRIES)
         keys = tensors.get(KEY)
         if keys is None or keys.dtype != torch.uint8 or keys.shape[1:] != (KEY_BYTES,):

@@ -89,5 +89,7 @@ def _is_number(label: str) -> bool:
     return label.isascii() and label.isdigit()
 
 
-def _numeric(label: str) -> tuple[int, str]:
-    return int(label), label
+def _numeric(label: str) -> tuple[int, str, str]:
+    """The order of whole numbers, however long they are."""
+    digits = label.lstrip("0")
+    return len(digits), digits, label

@@ -35,6 +35,7 @@ REFUSED = {
 POSIX = b"ustar\0"
 OCTAL = re.compile(rb" *([0-7]+)[ \0]*")
 RECORD = re.compile(rb"(\d{1,7}) ([^=\n]+)=")
+LONGEST_NAME = 4096  # bytes, as file systems have it
 EXTENDED_BYTES = 2**20  # far beyond any file name: a longer extended header is an attack
 REMEMBERED = 65_536  # names kept as they are; older ones as 64 bits, so that a million of them are 8 MB
 
@@ -192,6 +193,8 @@ def _name(header: bytes, said: dict[bytes, bytes], position: int, origin: str) -
         raw = header[:100].partition(b"\0")[0]
         if header[345] and header.startswith(POSIX, 257):
             raw = header[345:500].partition(b"\0")[0] + b"/" + raw
+    if len(raw) > LONGEST_NAME:
+        raise _error(origin, position, f"has a name of {len(raw):,} bytes; at most {LONGEST_NAME:,} are allowed")
     try:
         name = raw.decode()
     except UnicodeDecodeError:

@@ -354,3 +354,11 @@ def test_a_picture_goes_to_the_nearest_aspect_ratio():
     for size in [(50, 61), (61, 50), (70, 49), (49, 70)]:
         far = [abs(np.log(size[0] / size[1]) - np.log(h / w)) for h, w in fit.shapes]
         assert fit.nearest(*size) == fit.shapes[int(np.argmin(far))]
+
+
+def test_a_cameras_jpeg_with_a_preview_is_its_picture():
+    pixels = np.full((40, 60, 3), (200, 80, 20), np.uint8)
+    buffer, preview = io.BytesIO(), Image.new("RGB", (6, 4))
+    Image.fromarray(pixels).save(buffer, "MPO", save_all=True, append_images=[preview])
+    assert Image.open(io.BytesIO(buffer.getvalue())).n_frames == 2
+    assert np.abs(decode(buffer.getvalue(), 3).astype(int) - pixels).max() <= 2

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion_core import manifest
+from diffusion_core.errors import UnreachableError
 from pipelines.data.latent_store import Keys, Store, key_of, keys_of
 
 
@@ -168,3 +169,18 @@ def test_writers_and_sweepers_at_once_disturb_nobody(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not failed
+
+
+def test_what_cannot_be_opened_just_now_is_not_thrown_away(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    put(store, "a")
+    (tmp_path / "segments" / "notes.txt").write_text("not ours")
+    before = sorted((tmp_path / "segments").iterdir())
+    (entries,) = (tmp_path / "segments").glob("*/entries.safetensors")
+    aside = entries.rename(tmp_path / "aside")
+    entries.symlink_to(entries.name)  # a link to itself, which the system refuses to follow
+    with pytest.raises(UnreachableError, match="cannot be opened"):
+        Store(tmp_path).find(named("a"))
+    assert sorted((tmp_path / "segments").iterdir()) == before
+    aside.replace(entries)
+    assert not len(Store(tmp_path).find(named("a")).missing)

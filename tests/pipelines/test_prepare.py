@@ -27,7 +27,7 @@ from pipelines import prepare
 from pipelines.data import index
 from pipelines.data.index import INDEX, QUARANTINE, PictureRow, RefusalRow
 from pipelines.data.sources import Catalog, ImageFolder, Item, Part, Source
-from pipelines.stage import Stage
+from pipelines.stage import Stage, decisive
 from pipelines.tracking import Tracker
 from tests.made import Expected, make_folder
 
@@ -266,6 +266,17 @@ def test_neither_does_the_number_of_workers(
     more = choices(reference.parent / "opt_out.txt")
     found = prepared(tmp_path / "out", source=source, workers=2, **more)
     assert manifest.read(found).files == manifest.read(reference).files
+    assert manifest.read(found).about == manifest.read(reference).about
+
+
+def test_where_and_by_how_many_is_nothing_of_a_result() -> None:
+    def config(path: str, **more: Any) -> prepare.Config:
+        return build(
+            prepare.Config, {"source": {"kind": "image_folder", "path": path}, "channels": 3} | more, "prepare"
+        )
+
+    assert decisive(config("/a/photos", workers=4)) == decisive(config("/b/photos"))
+    assert decisive(config("/a/photos", resolution=64)) != decisive(config("/a/photos"))
 
 
 def test_hostile_files_do_not_fill_the_memory(made: tuple[Path, Expected], tmp_path: Path) -> None:

@@ -156,6 +156,15 @@ def test_an_address_that_may_not_be_opened_is_refused_when_it_is_read(path: str)
     assert "secret" not in str(refused.value)
 
 
+def test_folders_of_splits_are_no_classes(tmp_path: Path) -> None:
+    files = {"train/cat/1.png": b"1", "test/dog/2.png": b"2"}
+    root = write(tmp_path / "photos", files)
+    with pytest.raises(DataError, match=r"test, train, which are splits.*photos/test"):
+        ImageFolder(str(root)).catalog(tmp_path / "spool")
+    plain = write(tmp_path / "plain", {"train/1.png": b"1", "test/2.png": b"2"})  # classes of these names
+    assert [item.label for item in read(ImageFolder(str(plain)), tmp_path / "other")] == ["test", "train"]
+
+
 def test_lanes_keep_the_order_and_do_not_run_ahead() -> None:
     taken = []
 

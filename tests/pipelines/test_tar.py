@@ -133,6 +133,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "two names of one": (pax(("path", "b.png")) + member("c.png\0", kind=b"L") + GOOD + END, "a second path"),
     "pax and nothing": (GOOD + pax(("path", "b.png")) + END, "promised by an extended header and missing"),
     "endless pax": (member("pax", b"x" * (2**20 + 1), b"x") + GOOD + END, "more than 1048576 bytes"),
+    "endless name": (pax(("path", "b" * 4097)) + member("b.png") + END, "a name of 4,097 bytes"),
     "folder with bytes": (member("b", b"x", b"5") + END, "folder of 1 bytes"),
 }
 

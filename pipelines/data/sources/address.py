@@ -34,6 +34,11 @@ def check(address: str) -> None:
     if "@" in place:  # the sentence must not repeat it
         where = f"{name}://{place.rpartition('@')[2]}"
         raise ConfigError(f"a URL at {where} carries a user or a password; credentials come from the environment")
+    if name in WEB and "?" in address:
+        where = address.partition("?")[0]
+        raise ConfigError(
+            f"{where} has a query (?), which could hold a key and would be written down; a plain URL is wanted"
+        )
     if name == "file" and place:
         raise ConfigError(f"{address} names the machine '{place}'; a local path is wanted")
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from diffusion_core.errors import ConfigError, DataError
+from diffusion_core.errors import DataError
 from pipelines.data.sources import address, files, limits, listing, metadata
 from pipelines.data.sources.address import printable
 from pipelines.data.sources.base import Catalog, Item, Part, Source
@@ -15,6 +15,7 @@ from pipelines.data.sources.fields import Said, said
 from pipelines.data.sources.store import Store, in_lanes
 
 PER_PART = 512
+SPLITS = frozenset(("train", "test", "val", "valid", "validation"))
 
 
 class Found(NamedTuple):
@@ -40,8 +41,6 @@ class ImageFolder(Source):
     def __post_init__(self) -> None:
         address.check(self.path)
         limits.check(self.max_bytes)
-        if address.scheme(self.path) in address.WEB and "?" in self.path:
-            raise ConfigError("path has a query (?); a folder's URL to which file names can be added is wanted")
 
     def catalog(self, spool: Path) -> Catalog:
         """Raises DataError for a folder that is missing or empty, has two tables, a broken one, or one further down."""
@@ -87,6 +86,7 @@ class ImageFolder(Source):
     def _walked(self, place: Store, spool: Path) -> Iterator[Found]:
         """All files in order, each with its class."""
         names, depths = spool / "names.jsonl", Counter[bool]()
+        heads, deep = set[str](), set[str]()  # the first folders, and those with folders in them
 
         def watched() -> Iterator[str]:
             for name in listing.in_order(place.walk(self.path), spool):
@@ -96,9 +96,17 @@ class ImageFolder(Source):
                         f"{self.path} holds {printable(name)}; name the folder '{printable(folder)}' itself"
                     )
                 depths[bool(nested)] += 1
+                if nested and len(heads) <= len(SPLITS):
+                    head, _, below = name.partition("/")
+                    heads.add(head)
+                    deep.update([head] if "/" in below else [])
                 yield name
 
         listing.keep(watched(), names)
+        if heads and heads == deep and heads <= SPLITS:
+            one = place.join(self.path, min(heads))
+            splits = f"{', '.join(sorted(heads))}, which are splits and not classes"
+            raise DataError(f"{self.path} holds {splits}; name one of them, such as {one}: prepare splits by content")
         in_classes = depths[True] > 0
         for name in listing.kept(names):
             head, nested, _ = name.partition("/")

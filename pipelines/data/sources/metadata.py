@@ -8,6 +8,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from diffusion_core.errors import DataError, suggest
 from pipelines.data.sources.address import printable
@@ -48,7 +49,7 @@ def _jsonl(path: Path, name: str) -> Iterator[tuple[int, dict[str, object]]]:
 
 def _csv(path: Path, name: str) -> Iterator[tuple[int, dict[str, object]]]:
     with path.open(encoding="utf-8-sig", errors=NOT_UTF8, newline="") as file:
-        table = csv.reader(file, strict=True)
+        table = csv.reader(_lines(file, name), strict=True)
         try:
             header = [printable(column.strip()) for column in next(table, [])]
             if FILE_NAME not in header:
@@ -61,6 +62,15 @@ def _csv(path: Path, name: str) -> Iterator[tuple[int, dict[str, object]]]:
                 if len(cells) != len(header):
                     counts = f"{len(cells)} cells, the header {len(header)}"
                     raise DataError(f"{name}, line {table.line_num} has {counts}; a comma in a text needs quotes")
-                yield table.line_num, dict(zip(header, cells, strict=True))
+                yield table.line_num, {column: cell or None for column, cell in zip(header, cells, strict=True)}
         except csv.Error as error:
             raise DataError(f"{name}, line {table.line_num} is no CSV: {error}") from None
+
+
+def _lines(file: TextIO, name: str) -> Iterator[str]:
+    number = 0
+    while line := file.readline(LONGEST_LINE):
+        number += 1
+        if len(line) == LONGEST_LINE:
+            raise DataError(f"{name}, line {number} is longer than {LONGEST_LINE:,} characters")
+        yield line

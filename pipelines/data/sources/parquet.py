@@ -143,7 +143,9 @@ def _parquet(file: str, name: str) -> Iterator[pq.ParquetFile]:
         try:
             with pq.ParquetFile(opened, buffer_size=BLOCK, page_checksum_verification=True) as table:
                 yield table
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:  # OSError: a page that does not match its checksum
+            if isinstance(error, OSError) and address.scheme(file) != "file":
+                raise
             raise DataError(f"{name} cannot be read as Parquet ({error})") from error
 
 
