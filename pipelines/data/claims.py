@@ -69,7 +69,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class Limits:
-    """Each class has `min_class_percent` of its split at least, or half of an equal share if that is less.
+    """Each class has `min_class_percent` of its split at least.
 
     Where any picture has a class `min_label_percent` have one, and where any has a caption `min_caption_percent`, of
     `caption_length` characters (least, most). A rule among the `warnings` warns and does not stop.
@@ -133,7 +133,7 @@ def of_data(about: Mapping[str, Any], limits: Limits, *, compared: bool) -> list
     if about["captions"]:
         claims += _of_captions(limits)
     if about["classes"]:
-        claims += _of_classes(limits, len(about["classes"]))
+        claims += _of_classes(limits)
     if limits.near_leak:
         claims.append(_of_twins(limits.near_leak))
     if compared:
@@ -191,16 +191,15 @@ def _of_decoded(about: Mapping[str, Any]) -> Iterator[Claim]:
     yield Claim("decoded", ("contrast",), text, WITHIN, {"min_value": 1}, "contrast")
 
 
-def _of_classes(limits: Limits, classes: int) -> Iterator[Claim]:
+def _of_classes(limits: Limits) -> Iterator[Claim]:
     text, share = (
         f"at least {limits.min_label_percent:g} % of the pictures have a class",
         limits.min_label_percent / 100,
     )
     yield Claim("pictures", ("class",), text, PRESENT, {"mostly": share}, "labels")
-    least = min(limits.min_class_percent, 50 / classes)
     for split, rule in zip(SPLITS, ("class_balance", "val_balance"), strict=True):
-        text = f"every class has at least {least:g} % of {split}"
-        yield Claim("classes", (split,), text, WITHIN, {"min_value": least}, rule)
+        text = f"every class has at least {limits.min_class_percent:g} % of {split}"
+        yield Claim("classes", (split,), text, WITHIN, {"min_value": limits.min_class_percent}, rule)
 
 
 def _of_twins(leak: NearLeak) -> Claim:

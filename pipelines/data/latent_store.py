@@ -100,7 +100,7 @@ class Store:
                 if here.any():
                     segments.append(self._open(name))
                     segment[at[here]], row[at[here]] = len(segments) - 1, np.flatnonzero(here)
-            except IntegrityError:
+            except (IntegrityError, FileNotFoundError):  # or another run has just dropped it
                 damaged += self._drop(name)
         missing = np.sort(first[segment == NOWHERE])
         return Found(segments, segment[inverse], row[inverse], missing, len(unique), damaged)
